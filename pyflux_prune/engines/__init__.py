@@ -1,0 +1,42 @@
+"""The two engines and how one is chosen."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+from ..errors import EngineUnavailable, InvalidInput
+from .base import ACTIVATIONS, Engine, Layer, Model
+
+__all__ = ["ACTIVATIONS", "ENGINES", "Engine", "Layer", "Model", "get_engine"]
+
+ENGINES = ("auto", "julia", "torch")
+
+
+@functools.cache
+def get_engine(name: str = "auto") -> Engine:
+    """Return an engine: "julia", "torch", or "auto": Julia, and PyTorch with a warning where Julia cannot be had.
+
+    Raises:
+        EngineUnavailable: the engine, or with "auto" both, cannot be had here.
+
+    """
+    if name == "julia":
+        from .julia import JuliaEngine
+
+        return JuliaEngine()
+    if name == "torch":
+        from .torch import TorchEngine
+
+        return TorchEngine()
+    if name != "auto":
+        raise InvalidInput(f"engine must be one of {', '.join(ENGINES)}, not {name!r}")
+    try:
+        return get_engine("julia")
+    except EngineUnavailable as no_julia:
+        try:
+            engine = get_engine("torch")
+        except EngineUnavailable as no_torch:
+            raise EngineUnavailable(f"{no_julia}; and {no_torch}") from no_torch
+        warnings.warn(f"{no_julia}. Using the slower PyTorch reference engine instead.", stacklevel=2)
+        return engine

@@ -1,0 +1,127 @@
+"""The interface that both engines have, and the values that cross it.
+
+Arrays are NumPy. Inputs are (samples, features) float32, C-contiguous; labels are (samples,) int64 from 0;
+weights and masks are (out, in). Everything that reaches an engine has been checked (see ``network`` and
+``datasets``); an engine may assume it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..choices import Optimiser, Saliency, Sparsity, Structure
+
+Float = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+Int = npt.NDArray[np.int64]
+
+ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid")
+"""Activations that both engines and the model file know."""
+
+
+def layer_names(activations: Sequence[str]) -> list[str]:
+    """Return the names of layers with these activations: an activation takes the number after its layer's."""
+    sizes = [1 if a == "identity" else 2 for a in activations]
+    return [str(sum(sizes[:i])) for i in range(len(sizes))]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable dense layer, σ.((weight .* mask) * x .+ bias).
+
+    Attributes:
+        name: its place in the equivalent ``torch.nn.Sequential``, where activations count ("0", "2", …); unique.
+        weight: (out, in) float32; exactly 0 where pruned.
+        mask: (out, in) bool; True keeps.
+        bias: (out,) float32, or None.
+        activation: one of ``ACTIVATIONS``.
+
+    """
+
+    name: str
+    weight: Float
+    mask: Bool
+    bias: Float | None
+    activation: str
+
+    @property
+    def density(self) -> float:
+        """The share of weights that is kept."""
+        return float(self.mask.mean()) if self.mask.size else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights that is pruned."""
+        return 1.0 - self.density
+
+
+class Model(ABC):
+    """A network that lives on one engine."""
+
+    engine: str
+    """"julia" or "torch"."""
+
+    @abstractmethod
+    def layers(self) -> list[Layer]:
+        """Return the layers as NumPy views of the engine's own memory."""
+
+    @abstractmethod
+    def load(self, layers: Sequence[Layer]) -> None:
+        """Copy weights, biases and masks in; shapes and activations are those of the model."""
+
+    @abstractmethod
+    def forward(self, x: Float) -> Float:
+        """Return the outputs (samples, outputs)."""
+
+    @abstractmethod
+    def evaluate(self, x: Float, y: Int) -> tuple[float, float]:
+        """Return the mean cross-entropy and the accuracy."""
+
+    @abstractmethod
+    def loss_and_gradients(self, x: Float, y: Int) -> tuple[float, list[tuple[Float, Float | None]]]:
+        """Return the mean cross-entropy and, layer by layer, its masked gradient in weight and bias."""
+
+    @abstractmethod
+    def start(self, optimiser: Optimiser) -> None:
+        """Begin a training run: optimiser memory is empty."""
+
+    @abstractmethod
+    def train(
+        self, x: Float, y: Int, order: Int, batchsize: int, tick: Callable[[int], None] | None = None
+    ) -> Float:
+        """Take one step per ``batchsize`` samples of ``x[order]``, and return each step's loss before the step.
+
+        ``order`` holds indices from 0; the last batch may be smaller. Pruned weights stay exactly 0. ``tick``
+        is told now and then how many of these steps are done. ``start`` comes first.
+        """
+
+    @abstractmethod
+    def scores(self, saliency: Saliency) -> list[Float]:
+        """Return the saliency of each layer's weights, (out, in)."""
+
+    @abstractmethod
+    def prune(self, saliency: Saliency, sparsity: Sparsity, structure: Structure) -> None:
+        """Prune to ``sparsity``: masks lose entries, weights and optimiser memory there become 0.
+
+        Raises InvalidInput, with nothing changed, where a competing group is sparser already.
+        """
+
+
+class Engine(ABC):
+    """Something that can hold and compute networks."""
+
+    name: str
+
+    @abstractmethod
+    def build(self, layers: Sequence[Layer]) -> Model:
+        """Return a new model with copies of these layers' arrays."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, Any]:
+        """Return the versions, threads and BLAS that results depend on."""
