@@ -1,0 +1,376 @@
+"""The command line, ``pyflux-prune``. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__, choices
+from .errors import InvalidInput, PruneError
+
+
+class _Group(click.Group):
+    """Ends with one line and exit code 2 on bad input, whichever layer finds it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a subcommand."""
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: click.echo(f"pyflux-prune: {message}", err=True)
+                return super().invoke(ctx)
+        except PruneError as error:
+            raise click.UsageError(str(error)) from error
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        message = " ".join(error.format_message().split())
+        click.echo(f"pyflux-prune: {message}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("pyflux-prune: interrupted", err=True)
+        sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Prune neural networks in Julia's Flux, and check them against PyTorch."""
+
+
+def _sparsity(ctx: click.Context, param: click.Parameter, value: str | None) -> choices.Sparsity | None:
+    """Read 0.8, or 0.9,0.9,0.5: one per layer."""
+    if value is None:
+        return None
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        raise InvalidInput(
+            f"--sparsity must be a number in [0, 1), or several with commas, not {value!r}"
+        ) from None
+    return choices.check_sparsity(numbers if len(numbers) > 1 else numbers[0], "--sparsity")
+
+
+def _hidden(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    try:
+        widths = [int(part) for part in value.split(",")] if value else []
+    except ValueError:
+        widths = [0]
+    if any(n < 1 for n in widths):
+        raise InvalidInput(f"--hidden must be widths with commas, such as 300,100, not {value!r}")
+    return widths
+
+
+def _finetune(ctx: click.Context, param: click.Parameter, value: str) -> choices.FineTune:
+    return choices.finetune_by_name(value)
+
+
+def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options that say which experiment to run."""
+    options = [
+        click.option(
+            "--data",
+            default="digits",
+            show_default=True,
+            metavar="digits|mnist:DIR|cifar10:DIR|FILE.npz",
+            help="What to train and test on.",
+        ),
+        click.option(
+            "--hidden",
+            default="300,100",
+            show_default=True,
+            callback=_hidden,
+            metavar="N,N,…",
+            help="Widths of the hidden layers.",
+        ),
+        click.option(
+            "--saliency",
+            default="magnitude",
+            show_default=True,
+            type=click.Choice(list(choices.SALIENCIES)),
+            help="How much a weight matters.",
+        ),
+        click.option(
+            "--structure",
+            default="global",
+            show_default=True,
+            type=click.Choice(list(choices.STRUCTURES)),
+            help="What competes with what.",
+        ),
+        click.option(
+            "--schedule",
+            default="exponential",
+            show_default=True,
+            type=click.Choice(["oneshot", "constant", "exponential", "polynomial"]),
+            help="How much goes at each round.",
+        ),
+        click.option(
+            "--sparsity",
+            callback=_sparsity,
+            metavar="S",
+            help="Share of the weights pruned in the end; with --structure layerwise also one per layer, "
+            "with commas.  [default: what is left of 20 % per round]",
+        ),
+        click.option(
+            "--rounds", type=click.IntRange(1), help="Rounds of pruning.  [default: 12; crosscheck: 3]"
+        ),
+        click.option(
+            "--finetune",
+            default="rewind",
+            show_default=True,
+            callback=_finetune,
+            metavar="none|continue|rewind|rewind:STEP|reinitialize",
+            help="What survivors restart from.",
+        ),
+        click.option(
+            "--epochs",
+            default=epochs,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Epochs of training in each round.",
+        ),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Of the initial weights and the order of the batches.",
+        ),
+    ]
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_ENGINE = click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "julia", "torch"]),
+    help="Julia, or the PyTorch reference; auto falls back to it, with a warning.",
+)
+_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."
+)
+
+
+def _plan(
+    saliency: str, structure: str, schedule: str, sparsity: Any, rounds: int | None, epochs: int
+) -> dict[str, Any]:
+    return {
+        "saliency": choices.SALIENCIES[saliency](),
+        "structure": choices.STRUCTURES[structure](),
+        "schedule": choices.schedule_by_name(schedule, sparsity, rounds),
+        "training": choices.Training(epochs=epochs),
+    }
+
+
+def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
+    if as_json:
+        click.echo(json.dumps(value))
+    else:
+        from rich.console import Console
+
+        Console().print(table())
+
+
+@cli.command()
+@_experiment(epochs=15)
+@_ENGINE
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="A new or empty directory.  [default: run, run-2, …]"
+)
+@click.option(
+    "--resume",
+    "resume_from",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Go on with the run in DIR; of the other options only --data, --engine and --json count.",
+)
+@_JSON
+def run(
+    data: str,
+    hidden: list[int],
+    saliency: str,
+    structure: str,
+    schedule: str,
+    sparsity: Any,
+    rounds: int | None,
+    finetune: choices.FineTune,
+    epochs: int,
+    seed: int,
+    engine: str,
+    out: Path | None,
+    resume_from: Path | None,
+    as_json: bool,
+) -> None:
+    """Train a network, prune it round by round, and report.
+
+    Without arguments: a 64–300–100–10 network on scikit-learn's digits, 12 rounds that each prune the 20 % of
+    weights of the least magnitude and rewind the others to their initial values.
+    """
+    from . import datasets, experiment, report
+    from .network import mlp
+
+    dataset = datasets.load(data)
+    if resume_from is not None:
+        folder = resume_from
+        done = experiment.resume(folder, dataset, engine=None if engine == "auto" else engine)
+    else:
+        plan = _plan(saliency, structure, schedule, sparsity, rounds, epochs)
+        folder = _free_directory() if out is None else out
+        net = mlp([dataset.features, *hidden, dataset.classes], seed=seed, engine=engine)
+        done = experiment.iterative_prune(net, dataset, finetune=finetune, seed=seed, out=folder, **plan)
+    record = done.to_json()
+    shown = {k: record[k] for k in ("engine", "data", "seed", "baseline", "rounds")}
+    _print(as_json, shown | {"model": str(folder / "model.safetensors")}, lambda: report.table(done))
+    if not as_json:
+        click.echo(f"{folder}/: run.json, rounds.csv, model.safetensors, curve.png")
+
+
+def _free_directory() -> Path:
+    """Return run, or the first of run-2, run-3, … that does not exist."""
+    number = 1
+    while (folder := Path("run" if number == 1 else f"run-{number}")).exists():
+        number += 1
+    return folder
+
+
+@cli.command()
+@_experiment(epochs=5)
+@_JSON
+def crosscheck(
+    data: str,
+    hidden: list[int],
+    saliency: str,
+    structure: str,
+    schedule: str,
+    sparsity: Any,
+    rounds: int | None,
+    finetune: choices.FineTune,
+    epochs: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Run the same experiment in Julia and in PyTorch, and show the differences.
+
+    Exits with 1 if any is out of tolerance.
+    """
+    from dataclasses import asdict
+
+    from . import datasets
+    from .crosscheck import crosscheck as check
+    from .network import mlp
+
+    dataset = datasets.load(data)
+    if rounds is None and schedule != "oneshot":
+        rounds = 3
+    plan = _plan(saliency, structure, schedule, sparsity, rounds, epochs)
+    net = mlp([dataset.features, *hidden, dataset.classes], seed=seed, engine="torch")
+    result = check(net, dataset, finetune=finetune, seed=seed, **plan)
+    shown = {"ok": result.ok, "differences": [asdict(d) | {"ok": d.ok} for d in result.differences]}
+    _print(as_json, shown, result.table)
+    sys.exit(0 if result.ok else 1)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@_JSON
+def inspect(model: Path, as_json: bool) -> None:
+    """Show each layer of a model file: shape, density, size and FLOPs."""
+    from .files import read_model
+    from .measure import measure, table
+
+    layers, metadata = read_model(model)
+    rows = measure(layers, sparse=metadata["storage"] == "sparse")
+    shown = {"file": str(model), "bytes": model.stat().st_size, "layers": [r.to_json() for r in rows]}
+    _print(as_json, shown, lambda: table(rows, model.stat().st_size))
+
+
+@cli.command()
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--sparse", is_flag=True, help="Write only kept values and mask bits (safetensors).")
+@click.option(
+    "--activation",
+    type=click.Choice(["identity", "relu", "tanh", "sigmoid"]),
+    help="Of the hidden layers of a .pt state dict, which does not say.",
+)
+def convert(source: Path, target: Path, sparse: bool, activation: str | None) -> None:
+    """Convert a model file: .safetensors, dense or --sparse, or .pt, a PyTorch state dict."""
+    from . import exchange, files
+
+    kinds = (".safetensors", ".pt")
+    for name, path in (("IN", source), ("OUT", target)):
+        if path.suffix not in kinds:
+            raise InvalidInput(f"{name} must end in .safetensors or .pt, not {path.name!r}")
+    if sparse and target.suffix != ".safetensors":
+        raise InvalidInput(f"--sparse needs an OUT that ends in .safetensors, not {target.name!r}")
+    if source.suffix == ".pt":
+        layers = exchange.read_state_dict(source, activation=activation)
+    else:
+        layers, _ = files.read_model(source)
+    if target.suffix == ".pt":
+        exchange.write_state_dict(target, layers)
+    else:
+        files.write_model(target, layers, sparse=sparse)
+    click.echo(f"{target}: {target.stat().st_size:,} bytes", err=True)
+
+
+@cli.command()
+@click.option(
+    "--hidden", default="300,100", show_default=True, callback=_hidden, help="Widths of the hidden layers."
+)
+@click.option("--features", default=784, show_default=True, type=click.IntRange(1), help="Inputs.")
+@click.option("--classes", default=10, show_default=True, type=click.IntRange(1), help="Outputs.")
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Samples per step.")
+@click.option(
+    "--sparsity", default="0.9", show_default=True, callback=_sparsity, help="Of the pruned networks."
+)
+@click.option(
+    "--steps", default=200, show_default=True, type=click.IntRange(1), help="Steps per measurement."
+)
+@_JSON
+def bench(
+    hidden: list[int], features: int, classes: int, batch: int, sparsity: Any, steps: int, as_json: bool
+) -> None:
+    """Measure training and inference side by side with PyTorch, alternating in one run."""
+    from .bench import bench as measure_speed
+
+    result = measure_speed([features, *hidden, classes], batch=batch, sparsity=sparsity, steps=steps)
+    _print(as_json, result.to_json(), result.table)
+
+
+@cli.command()
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Say what is found, what is missing, and the command that mends it; exits with 1 if Julia cannot be used."""
+    from .doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([f.to_json() for f in findings]))
+    else:
+        for f in findings:
+            click.echo(
+                f"{'ok     ' if f.ok else 'missing'} {f.what}: {f.found}"
+                + (f"\n        {f.mend}" if f.mend else "")
+            )
+    sys.exit(0 if all(f.ok for f in findings if f.needed) else 1)

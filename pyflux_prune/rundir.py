@@ -1,0 +1,97 @@
+"""Run directories: what is kept of an experiment after every round, and found again after a crash.
+
+``model.safetensors`` holds weights, masks and, in its metadata, the whole record of the run, so that one atomic
+rename moves the run from one round to the next. ``run.json`` and ``rounds.csv`` are that record for readers, and
+``rewind.safetensors`` holds what the survivors restart from.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .engines import Layer
+from .errors import InvalidInput
+from .files import atomic_write, read_model, to_path, write_model
+
+RECORD, TABLE, MODEL, ORIGIN, CURVE = (
+    "run.json",
+    "rounds.csv",
+    "model.safetensors",
+    "rewind.safetensors",
+    "curve.png",
+)
+
+
+def claim(directory: str | PathLike[str]) -> Path:
+    """Return a path that is, or can be made, an empty directory to write to; make nothing yet.
+
+    Raises:
+        InvalidInput: it is not empty, is a file, or cannot be written.
+
+    """
+    folder = to_path(directory, "out")
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInput(f"out must be a new or empty directory, but {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InvalidInput(
+            f"out must be a new or empty directory, but {folder} is not empty; --resume goes on with a run"
+        )
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return folder
+    except OSError as error:
+        raise InvalidInput(
+            f"out must be a directory that can be written, but {nearest}: {error.strerror}"
+        ) from error
+
+
+def write(
+    folder: Path, record: dict[str, Any], layers: Sequence[Layer], origin: Sequence[Layer] = ()
+) -> None:
+    """Write the state of a run after a whole round; a crash at any moment leaves this state or the one before."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if origin and not (folder / ORIGIN).exists():
+            write_model(folder / ORIGIN, origin)
+        write_model(folder / MODEL, layers, extra={"run": json.dumps(record)})
+        atomic_write(folder / RECORD, json.dumps(record, indent=2).encode() + b"\n")
+        atomic_write(folder / TABLE, _table(record))
+    except OSError as error:
+        raise InvalidInput(f"out cannot be written: {folder}: {error.strerror}") from error
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[Layer], list[Layer]]:
+    """Return the record, the layers, and what the survivors restart from (empty where nothing does).
+
+    Raises:
+        InvalidInput: there is no run in the directory, or it is damaged.
+
+    """
+    if not (folder / MODEL).is_file():
+        raise InvalidInput(f"{folder} holds no run to resume: there is no {MODEL}")
+    layers, metadata = read_model(folder / MODEL)
+    try:
+        record = json.loads(metadata["run"])
+        restarts = record["plan"]["finetune"] is not None and record["plan"]["finetune"]["name"] != "Continue"
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{folder / MODEL} holds a model but not the record of a run") from error
+    return record, layers, read_model(folder / ORIGIN)[0] if restarts else []
+
+
+def _table(record: dict[str, Any]) -> bytes:
+    """Return rounds.csv: one row per round, the dense network first, one column per layer's density."""
+    text = io.StringIO()
+    rows = [record["baseline"], *record["rounds"]]
+    columns = ["round", "sparsity", "accuracy", "loss", "nonzero", "seconds"]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns + [f"density {layer['name']}" for layer in rows[0]["layers"]])
+    writer.writerows([r[c] for c in columns] + [layer["density"] for layer in r["layers"]] for r in rows)
+    return text.getvalue().encode()

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pyflux_prune as fp
+from pyflux_prune import experiment, rundir
+from pyflux_prune.datasets import Dataset
+
+QUICK = fp.Training(epochs=3, batchsize=32, optimiser=fp.Adam(0.01))
+
+
+def weights(net: fp.Network) -> list[np.ndarray]:
+    return [a.copy() for la in net.layers for a in (la.weight, la.mask, la.bias)]
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def numbers(run: fp.Run) -> list[tuple[object, ...]]:
+    assert run.baseline is not None
+    return [
+        (r.round, r.sparsity, r.accuracy, r.loss, r.nonzero, r.layers) for r in (run.baseline, *run.rounds)
+    ]
+
+
+def test_a_run_reports_every_round(engine: str, blobs: Dataset) -> None:
+    net = fp.mlp([6, 12, 3], engine=engine)
+    run = fp.iterative_prune(net, blobs, schedule=fp.Exponential(0.5, 3), training=QUICK)
+    assert run.baseline is not None
+    assert run.baseline.accuracy > 0.9
+    assert run.baseline.nonzero == 108
+    assert [r.round for r in run.rounds] == [1, 2, 3]
+    assert [r.nonzero for r in run.rounds] == [54, 27, 108 - round(0.875 * 108)]
+    last = run.rounds[-1]
+    assert last.sparsity == pytest.approx(net.sparsity)
+    assert [la.density for la in last.layers] == [la.density for la in net.layers]
+    assert last.accuracy == pytest.approx((net.predict(blobs.x_test) == blobs.y_test).mean())
+    assert run.network is net
+    assert run.parameters == 108 + 15
+    assert all((la.weight[~la.mask] == 0).all() for la in net.layers)
+
+
+def test_the_same_seed_gives_the_same_run(engine: str, blobs: Dataset) -> None:
+    runs = [
+        fp.iterative_prune(
+            fp.mlp([6, 12, 3], engine=engine),
+            blobs,
+            schedule=[0.5, 0.8],
+            finetune=fp.Reinitialize(),
+            training=QUICK,
+            seed=seed,
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert numbers(runs[0]) == numbers(runs[1])
+    assert numbers(runs[0]) != numbers(runs[2])
+
+
+@pytest.mark.parametrize("finetune", [fp.Continue(), fp.Rewind(), fp.Rewind(5), fp.Reinitialize(), None])
+def test_what_survivors_restart_from(engine: str, blobs: Dataset, finetune: object) -> None:
+    net = fp.mlp([6, 12, 3], engine=engine)
+    initial = experiment.copies(net.layers)
+    plan = experiment.Plan(fp.Magnitude(), fp.Global(), (0.5,), finetune, QUICK, 0)  # type: ignore[arg-type]
+    origin = experiment.train_round(net.model, blobs, plan, 0)
+    trained = experiment.copies(net.layers)
+    fp.prune(net, sparsity=0.5)
+    masks = [m.copy() for m in net.masks]
+    experiment.restart(net.model, plan, origin, 1)
+    for now, first, then, mask in zip(net.layers, initial, trained, masks, strict=True):
+        assert (now.mask == mask).all()
+        assert (now.weight[~mask] == 0).all()
+        if finetune in (fp.Continue(), None):
+            assert (now.weight[mask] == then.weight[mask]).all()
+            assert (now.bias == then.bias).all()
+        elif finetune == fp.Rewind():
+            assert (now.weight[mask] == first.weight[mask]).all()
+            assert (now.bias == first.bias).all()
+        elif finetune == fp.Reinitialize():
+            assert (now.weight[mask] != first.weight[mask]).all()
+            assert (now.bias == first.bias).all()
+    if finetune == fp.Rewind(5):
+        again = fp.mlp([6, 12, 3], engine=engine)
+        again.model.start(QUICK.optimiser)
+        order = experiment.batch_order(len(blobs.y_train), 0, 0, 0)[: 5 * 32]
+        again.model.train(blobs.x_train, blobs.y_train, order, 32)
+        for now, then, mask in zip(net.layers, again.layers, masks, strict=True):
+            np.testing.assert_allclose(now.weight[mask], then.weight[mask], rtol=1e-6)
+
+
+def test_without_fine_tuning_nothing_is_trained_after_pruning(engine: str, blobs: Dataset) -> None:
+    net = fp.mlp([6, 12, 3], engine=engine)
+    run = fp.iterative_prune(net, blobs, schedule=[0.5], finetune=None, training=QUICK)
+    other = fp.mlp([6, 12, 3], engine=engine)
+    fp.iterative_prune(other, blobs, schedule=[0.0], finetune=None, training=QUICK)
+    fp.prune(other, sparsity=0.5)
+    assert same(weights(net), weights(other))
+    assert len(run.rounds) == 1
+
+
+def test_a_run_directory_holds_everything(engine: str, blobs: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    net = fp.mlp([6, 12, 3], engine=engine)
+    run = fp.iterative_prune(net, blobs, schedule=[0.5, 0.75], training=QUICK, out=out)
+    assert {p.name for p in out.iterdir()} == {
+        "run.json",
+        "rounds.csv",
+        "model.safetensors",
+        "curve.png",
+        "rewind.safetensors",
+    }
+    record = json.loads((out / "run.json").read_text())
+    assert record["engine"] == engine
+    assert record["baseline"].keys() >= {"accuracy", "loss", "parameters"}
+    assert [r["round"] for r in record["rounds"]] == [1, 2]
+    assert record["rounds"][0].keys() == {
+        "round",
+        "sparsity",
+        "accuracy",
+        "loss",
+        "nonzero",
+        "seconds",
+        "layers",
+    }
+    assert record["versions"]["numpy"] == np.__version__
+    rows = list(csv.DictReader((out / "rounds.csv").open()))
+    assert [float(r["sparsity"]) for r in rows] == [0, 0.5, 0.75]
+    assert float(rows[2]["density 0"]) == run.rounds[1].layers[0].density
+    assert same(weights(fp.Network.load(out / "model.safetensors", engine=engine)), weights(net))
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    run.save(tmp_path / "again")
+    assert (tmp_path / "again" / "rounds.csv").read_text() == (out / "rounds.csv").read_text()
+
+
+@pytest.mark.parametrize("finetune", [fp.Rewind(), fp.Rewind(3), fp.Reinitialize(), fp.Continue(), None])
+def test_a_killed_run_resumes_to_the_same_numbers(
+    engine: str, blobs: Dataset, tmp_path: Path, finetune: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(out: Path) -> fp.Run:
+        net = fp.mlp([6, 12, 3], engine=engine)
+        return fp.iterative_prune(
+            net, blobs, schedule=[0.3, 0.5, 0.8], finetune=finetune, training=QUICK, out=out
+        )  # type: ignore[arg-type]
+
+    whole = begin(tmp_path / "whole")
+    writes = []
+
+    def write_twice_then_die(*arguments: object) -> None:
+        if len(writes) == 2:
+            raise KeyboardInterrupt
+        writes.append(arguments)
+        real(*arguments)  # type: ignore[arg-type]
+
+    real = rundir.write
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write", write_twice_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            begin(tmp_path / "cut")
+    assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["rounds"]) == 1
+    resumed = fp.resume(tmp_path / "cut", blobs)
+    assert numbers(resumed) == numbers(whole)
+    assert same(weights(resumed.network), weights(whole.network))
+    assert numbers(fp.resume(tmp_path / "cut", blobs)) == numbers(whole)
+
+
+def test_a_failed_write_leaves_the_last_whole_round(
+    blobs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    net = fp.mlp([6, 12, 3], engine="torch")
+    fp.iterative_prune(net, blobs, schedule=[0.5], training=QUICK, out=out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(fp.InvalidInput, match="No space left"):
+        rundir.write(out, json.loads(before["run.json"]), net.layers)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"schedule": [0.5, 0.4]}, ["never go down"]),
+        ({"schedule": [(0.5, 0.5)]}, ["Layerwise"]),
+        ({"schedule": [(0.5, 0.5, 0.5)], "structure": fp.Layerwise()}, ["3", "2"]),
+        ({"finetune": "again"}, ["finetune", "'again'"]),
+        ({"finetune": fp.Rewind(10**6)}, ["rewind", "1000000"]),
+        ({"training": 3}, ["training", "3"]),
+        ({"seed": -1}, ["seed", "-1"]),
+        ({"saliency": "magnitude"}, ["saliency"]),
+        ({"structure": "global"}, ["structure"]),
+    ],
+)
+def test_a_bad_plan_trains_and_writes_nothing(
+    blobs: Dataset, tmp_path: Path, arguments: dict[str, object], names: list[str]
+) -> None:
+    net = fp.mlp([6, 12, 3], engine="torch")
+    before = weights(net)
+    with pytest.raises(fp.InvalidInput) as caught:
+        fp.iterative_prune(net, blobs, out=tmp_path / "run", **arguments)  # type: ignore[arg-type]
+    for name in names:
+        assert name in str(caught.value)
+    assert same(before, weights(net))
+    assert not any(tmp_path.iterdir())
+
+
+def test_data_must_fit_the_network(blobs: Dataset) -> None:
+    with pytest.raises(fp.InvalidInput, match=r"6 features and 3 classes.*5 features"):
+        fp.iterative_prune(fp.mlp([5, 3], engine="torch"), blobs)
+    with pytest.raises(fp.InvalidInput, match=r"3 classes.*2 outputs"):
+        fp.iterative_prune(fp.mlp([6, 2], engine="torch"), blobs)
+    with pytest.raises(fp.InvalidInput, match="data must be Dataset"):
+        fp.iterative_prune(fp.mlp([6, 2], engine="torch"), "digits")  # type: ignore[arg-type]
+
+
+def test_out_must_be_new_or_empty_and_writable(blobs: Dataset, tmp_path: Path) -> None:
+    net = fp.mlp([6, 12, 3], engine="torch")
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    (full / "precious").write_text("data")
+    file.write_text("data")
+    for out, problem in (
+        (full, "not empty"),
+        (file, "is a file"),
+        (file / "sub", "file"),
+        (Path("/proc/run"), "/proc"),
+    ):
+        before = weights(net)
+        with pytest.raises(fp.InvalidInput, match=problem):
+            fp.iterative_prune(net, blobs, out=out)
+        assert same(before, weights(net))
+    assert [p.name for p in full.iterdir()] == ["precious"]
+
+
+def test_resume_says_what_is_wrong(blobs: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(fp.InvalidInput, match="no run to resume"):
+        fp.resume(tmp_path / "nothing", blobs)
+    out = tmp_path / "run"
+    net = fp.mlp([6, 12, 3], engine="torch")
+    fp.iterative_prune(net, blobs, schedule=[0.5], training=QUICK, out=out)
+    other = fp.datasets.arrays(blobs.x_train, blobs.y_train, name="other")
+    with pytest.raises(fp.InvalidInput, match=r"'blobs'.*'other'"):
+        fp.resume(out, other)
+    (out / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(fp.InvalidInput, match=r"model\.safetensors"):
+        fp.resume(out, blobs)
+    net.save(out / "model.safetensors")
+    with pytest.raises(fp.InvalidInput, match="not the record of a run"):
+        fp.resume(out, blobs)
+
+
+def test_training_that_diverges_says_so(engine: str, blobs: Dataset) -> None:
+    net = fp.mlp([6, 12, 3], engine=engine)
+    with pytest.raises(fp.Diverged, match="not finite"):
+        fp.iterative_prune(net, blobs, training=fp.Training(epochs=20, optimiser=fp.Descent(1e30)))
+
+
+def test_a_plot_that_cannot_be_written_is_named(blobs: Dataset, tmp_path: Path) -> None:
+    run = fp.iterative_prune(fp.mlp([6, 3], engine="torch"), blobs, schedule=[0.5], training=QUICK)
+    run.plot(tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
+    for path in (tmp_path / "curve.nonsense", tmp_path / "missing" / "curve.png"):
+        with pytest.raises(fp.InvalidInput, match="plot"):
+            run.plot(path)
+
+
+def test_progress_goes_to_stderr_only_when_wanted(blobs: Dataset, capfd: pytest.CaptureFixture[str]) -> None:
+    fp.iterative_prune(fp.mlp([6, 3], engine="torch"), blobs, schedule=[0.5], training=QUICK)
+    assert capfd.readouterr() == ("", "")
+    fp.iterative_prune(fp.mlp([6, 3], engine="torch"), blobs, schedule=[0.5], training=QUICK, progress=True)
+    shown = capfd.readouterr()
+    assert shown.out == ""

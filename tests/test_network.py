@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pyflux_prune as fp
+from pyflux_prune.engines import Layer, get_engine
+
+per_engine = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def arrays(net: fp.Network) -> list[np.ndarray]:
+    return [a.copy() for la in net.layers for a in (la.weight, la.mask, la.bias) if a is not None]
+
+
+def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_mlp_is_a_network_of_dense_layers(engine: str) -> None:
+    net = fp.mlp([4, 8, 3], seed=1, engine=engine)
+    assert [la.weight.shape for la in net.layers] == [(8, 4), (3, 8)]
+    assert [la.name for la in net.layers] == ["0", "2"]
+    assert [la.activation for la in net.layers] == ["relu", "identity"]
+    assert net.sparsity == 0
+    assert net.engine == engine
+    assert repr(net) == f"Network(4–8–3, density=1, engine={engine!r})"
+    first = net.layers[0].weight
+    assert np.abs(first).max() <= np.sqrt(6 / 12)
+    assert same(arrays(net), arrays(fp.mlp([4, 8, 3], seed=1, engine=engine)))
+    assert not same(arrays(net), arrays(fp.mlp([4, 8, 3], seed=2, engine=engine)))
+
+
+@pytest.mark.julia
+def test_both_engines_begin_with_the_same_weights() -> None:
+    assert same(arrays(fp.mlp([5, 7, 2], engine="julia")), arrays(fp.mlp([5, 7, 2], engine="torch")))
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "tanh", "sigmoid"])
+def test_calling_it_is_the_masked_forward_pass(engine: str, activation: str) -> None:
+    net = fp.mlp([6, 9, 4], activation=activation, engine=engine)
+    fp.prune(net, sparsity=0.4)
+    for la in net.layers:
+        la.bias[:] = np.linspace(-1, 1, len(la.bias))
+    x = np.random.default_rng(0).normal(size=(11, 6)).astype(np.float32)
+    f = {
+        "identity": lambda z: z,
+        "relu": lambda z: np.maximum(z, 0),
+        "tanh": np.tanh,
+        "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+    }[activation]
+    one, two = net.layers
+    expected = f(x @ (one.weight * one.mask).T + one.bias) @ (two.weight * two.mask).T + two.bias
+    np.testing.assert_allclose(net(x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(net(x[0]), expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(net.predict(x), expected.argmax(1))
+    assert net(x).shape == (11, 4)
+    assert net(x).dtype == np.float32
+    np.testing.assert_allclose(net(x.astype(np.float64)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(net(x[::2]), expected[::2], rtol=1e-5, atol=1e-6)
+
+
+def test_pruned_positions_never_count_whatever_is_written_there(engine: str) -> None:
+    net = fp.prune(fp.mlp([6, 9, 4], engine=engine), sparsity=0.5)
+    x = np.ones((3, 6), np.float32)
+    before = net(x).copy()
+    for la in net.layers:
+        la.weight[~la.mask] = np.nan
+    np.testing.assert_array_equal(net(x), before)
+
+
+def test_views_share_the_engine_s_memory(engine: str) -> None:
+    net = fp.mlp([3, 2], engine=engine)
+    x = np.eye(3, dtype=np.float32)
+    net.layers[0].weight[1, 2] = 7
+    assert net(x)[2, 1] == 7
+    assert net.layers[0].weight[1, 2] == 7
+    net.layers[0].mask[1, 2] = False
+    assert net(x)[2, 1] == 0
+    assert np.shares_memory(net.weights[0], net.weights[0])
+    assert np.shares_memory(net.masks[0], net.masks[0])
+    view = net.layers[0].weight
+    del net
+    import gc
+
+    gc.collect()
+    assert np.isfinite(view).all()
+
+
+@per_engine
+@given(
+    widths=st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    targets=st.lists(st.floats(0, 0.999), min_size=1, max_size=4).map(sorted),
+    layerwise=st.booleans(),
+    random=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_prune_is_exact_monotone_and_final(
+    engine: str, widths: list[int], targets: list[float], layerwise: bool, random: bool, seed: int
+) -> None:
+    net = fp.mlp(widths, seed=seed, engine=engine)
+    structure = fp.Layerwise() if layerwise else fp.Global()
+    saliency = fp.RandomSaliency(seed) if random else fp.Magnitude()
+    for s in targets:
+        before = [m.copy() for m in net.masks]
+        assert fp.prune(net, saliency, sparsity=s, structure=structure) is net
+        after = [m.copy() for m in net.masks]
+        groups = after if layerwise else [np.concatenate([m.ravel() for m in after])]
+        for m in groups:
+            assert (~m).sum() == round(s * m.size)
+        assert all((b >= a).all() for b, a in zip(before, after, strict=True))
+        assert all((la.weight[~la.mask] == 0).all() for la in net.layers)
+        state = arrays(net)
+        fp.prune(net, saliency, sparsity=s, structure=structure)
+        assert same(state, arrays(net))
+
+
+@pytest.mark.julia
+@per_engine
+@given(
+    widths=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    targets=st.lists(st.floats(0, 0.999), min_size=1, max_size=3).map(sorted),
+    layerwise=st.booleans(),
+    seed=st.integers(0, 99),
+    levels=st.sampled_from([None, 1, 3]),
+)
+def test_masks_are_the_same_on_both_engines_even_with_ties(
+    widths: list[int], targets: list[float], layerwise: bool, seed: int, levels: int | None
+) -> None:
+    start = fp.mlp(widths, seed=seed, engine="torch")
+    if levels:  # many equal magnitudes
+        for la in start.layers:
+            la.weight[:] = np.round(la.weight * levels) / levels
+    nets = [start.copy(name) for name in ("julia", "torch")]
+    structure = fp.Layerwise() if layerwise else fp.Global()
+    for s in targets:
+        ours, theirs = (fp.prune(net, sparsity=s, structure=structure).masks for net in nets)
+        assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_one_sparsity_per_layer(engine: str) -> None:
+    net = fp.prune(fp.mlp([10, 10, 10], engine=engine), sparsity=[0.2, 0.75], structure=fp.Layerwise())
+    assert [int(m.sum()) for m in net.masks] == [80, 25]
+    assert net.layers[1].density == 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"sparsity": 1.0}, ["sparsity", "1.0"]),
+        ({"sparsity": -0.5}, ["sparsity", "-0.5"]),
+        ({"sparsity": float("nan")}, ["sparsity", "nan"]),
+        ({"sparsity": 0.1}, ["0.1", "pruned"]),
+        ({"sparsity": [0.5, 0.6]}, ["sparsity"]),
+        ({"sparsity": [0.5, 0.6, 0.7], "structure": fp.Layerwise()}, ["sparsity"]),
+        ({"sparsity": [0.9, 0.01], "structure": fp.Layerwise()}, ["0.01", "pruned"]),
+        ({"sparsity": 0.5, "structure": "global"}, ["structure", "'global'"]),
+        ({"sparsity": 0.5, "saliency": "magnitude"}, ["saliency", "'magnitude'"]),
+    ],
+)
+def test_bad_pruning_changes_nothing(engine: str, arguments: dict[str, object], names: list[str]) -> None:
+    net = fp.prune(fp.mlp([6, 9, 4], engine=engine), sparsity=0.3)
+    before = arrays(net)
+    with pytest.raises(fp.InvalidInput) as caught:
+        fp.prune(net, **arguments)  # type: ignore[arg-type]
+    for name in names:
+        assert name in str(caught.value)
+    assert same(before, arrays(net))
+
+
+def test_weights_that_are_nan_cannot_be_ranked(engine: str) -> None:
+    net = fp.mlp([6, 9, 4], engine=engine)
+    net.layers[1].weight[0, 0] = np.nan
+    with pytest.raises(fp.InvalidInput, match="NaN"):
+        fp.prune(net, sparsity=0.5)
+    assert net.sparsity == 0
+
+
+@pytest.mark.parametrize(
+    ("x", "names"),
+    [
+        (np.zeros((3, 5)), ["6", "5"]),
+        (np.zeros((3, 2, 6)), ["x"]),
+        (np.full((3, 6), np.nan), ["x", "NaN"]),
+        (np.array([["a"] * 6]), ["x"]),
+        (np.zeros((0, 6)), ["x"]),
+        (np.zeros((2, 6), complex), ["x", "complex"]),
+    ],
+)
+def test_bad_inputs_are_named(engine: str, x: np.ndarray, names: list[str]) -> None:
+    with pytest.raises(fp.InvalidInput) as caught:
+        fp.mlp([6, 4], engine=engine)(x)
+    for name in names:
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (([6],), "sizes"),
+        (([6, 0],), "sizes"),
+        (([6, 2.5],), "sizes"),
+        (("64",), "sizes"),
+        ((7,), "sizes"),
+    ],
+)
+def test_bad_sizes_are_named(arguments: tuple[object], name: str) -> None:
+    with pytest.raises(fp.InvalidInput, match=name):
+        fp.mlp(*arguments, engine="torch")  # type: ignore[arg-type]
+
+
+def test_unknown_names_are_listed_with_the_known() -> None:
+    with pytest.raises(fp.InvalidInput, match=r"relu, tanh, sigmoid.*'swish'"):
+        fp.mlp([2, 2], activation="swish", engine="torch")
+    with pytest.raises(fp.InvalidInput, match=r"auto, julia, torch.*'jax'"):
+        fp.mlp([2, 2], engine="jax")
+
+
+def test_saving_and_loading(engine: str, tmp_path: Path) -> None:
+    net = fp.prune(fp.mlp([6, 9, 4], activation="tanh", engine=engine), sparsity=0.7)
+    x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    for sparse in (False, True):
+        net.save(tmp_path / "model.safetensors", sparse=sparse)
+        back = fp.Network.load(tmp_path / "model.safetensors", engine=engine)
+        assert same(arrays(net), arrays(back))
+        np.testing.assert_array_equal(net(x), back(x))
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_copy_is_independent(engine: str) -> None:
+    net = fp.mlp([6, 9, 4], engine=engine)
+    other = net.copy()
+    fp.prune(other, sparsity=0.5)
+    assert net.sparsity == 0
+    assert other.sparsity == 0.5
+
+
+def test_torch_and_back(engine: str) -> None:
+    import torch
+
+    net = fp.prune(fp.mlp([6, 9, 4], engine=engine), sparsity=0.6)
+    x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    module = fp.to_torch(net)
+    with torch.no_grad():
+        np.testing.assert_allclose(module(torch.from_numpy(x)).numpy(), net(x), rtol=1e-5, atol=1e-6)
+    assert {"weight_orig", "bias"} <= dict(module[0].named_parameters()).keys()
+    assert same(arrays(fp.from_torch(module, engine=engine)), arrays(net))
+    assert same(arrays(fp.from_torch(module.state_dict(), activation="relu", engine=engine)), arrays(net))
+    with pytest.raises(fp.InvalidInput, match="activation"):
+        fp.from_torch(module.state_dict(), engine=engine)
+
+
+def test_a_layer_without_bias(engine: str) -> None:
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    net = fp.Network(get_engine(engine).build([Layer("0", weight, np.ones((2, 3), bool), None, "identity")]))
+    np.testing.assert_array_equal(net(np.eye(3)), weight.T)
+    assert net.layers[0].bias is None
+    y = np.zeros(3, np.int64)
+    _, [(gradient, no_bias)] = net.model.loss_and_gradients(np.eye(3, dtype=np.float32), y)
+    assert no_bias is None
+    assert gradient.shape == (2, 3)
+    net.model.start(fp.Adam())
+    net.model.train(np.eye(3, dtype=np.float32), y, np.arange(3), 2)
