@@ -1,0 +1,51 @@
+"""
+    Continue()
+
+The survivors keep their trained values and are trained on (Han et al. 2015, arXiv:1506.02626).
+"""
+struct Continue end
+
+"""
+    Rewind(; to = 0)
+
+The survivors, and all other parameters, go back to their values after `to` steps of the first training; 0 is
+the initialisation (Frankle & Carbin 2019, arXiv:1803.03635; `to > 0`: late rewinding, Frankle et al. 2020,
+arXiv:1912.05671).
+"""
+Base.@kwdef struct Rewind
+    to::Int = 0
+end
+
+"""
+    Reinitialize(; init = glorot_uniform)
+
+The survivors start from new random values, `init(rng, out, in)`; all other parameters from their initial ones.
+"""
+Base.@kwdef struct Reinitialize{F}
+    init::F = glorot_uniform
+end
+
+"""
+    restart!(finetune, model, origin, rng)
+
+Set `model` to where its survivors restart from, masks untouched. `origin` is a copy of the model as it was
+after [`origin_step`](@ref)`(finetune)` steps.
+"""
+restart!(::Union{Continue,Nothing}, model, origin, rng) = model
+restart!(::Rewind, model, origin, rng) = restore!(model, origin)
+function restart!(finetune::Reinitialize, model, origin, rng)
+    restore!(model, origin)
+    for layer in prunables(model)
+        copyto!(layer.dense.weight, finetune.init(rng, size(layer.mask)...))
+    end
+    return mask!(model)
+end
+
+origin_step(finetune::Rewind) = finetune.to
+origin_step(finetune) = 0
+
+function restore!(model, origin)
+    foreach((now, then) -> copyto!(then.mask, now.mask), prunables(model), prunables(origin))
+    Flux.loadmodel!(model, origin)
+    return mask!(model)
+end

@@ -1,0 +1,69 @@
+"""
+    Training(; epochs = 15, batchsize = 60, optimiser = Adam(1.2f-3), loss = logitcrossentropy)
+
+How a network is trained in each round. `optimiser` is any rule of Optimisers.jl, `loss(ŷ, y)` any function.
+"""
+Base.@kwdef struct Training{O,L}
+    epochs::Int = 15
+    batchsize::Int = 60
+    optimiser::O = Adam(1.2f-3)
+    loss::L = logitcrossentropy
+end
+
+"""
+    train_masked!(loss, model, batches, opt_state) -> Vector of losses
+
+One step of training for each `(x, y)` in `batches`, as `Flux.train!` does it with `loss(model(x), y)`, except
+that pruned weights are exactly 0 after every step, whatever the optimiser does. `opt_state` comes from
+`Flux.setup`. Returns the loss before each step.
+
+Throws `DomainError`, with the model as it was before that step, if a loss is not finite.
+
+# Examples
+```jldoctest
+julia> model = prunable(Chain(Dense(2 => 4, relu), Dense(4 => 2)));
+
+julia> prune!(model, Magnitude(); sparsity = 0.5);
+
+julia> x = rand(Float32, 2, 32); y = Flux.onehotbatch(x[1, :] .> x[2, :], (true, false));
+
+julia> losses = train_masked!(Flux.logitcrossentropy, model, [(x, y) for _ in 1:200], Flux.setup(Adam(0.01), model));
+
+julia> losses[end] < losses[1] && sparsity(model) == 0.5
+true
+```
+"""
+function train_masked!(loss, model, batches, opt)
+    layers = prunables(model)
+    return Float32[step!(loss, model, layers, opt, x, y) for (x, y) in batches]
+end
+
+function step!(loss, model, layers, opt, x, y)
+    value, (gradient,) = Flux.withgradient(m -> loss(m(x), y), model)
+    isfinite(value) || throw(DomainError(value, "the training loss is not finite; try a lower learning rate"))
+    Optimisers.update!(opt, model, gradient)
+    foreach(mask!, layers)
+    return value
+end
+
+"""
+    evaluate(model, batches; loss = logitcrossentropy) -> (; loss, accuracy)
+
+Mean loss and share of samples whose largest output is the class of the one-hot `y`, over all `(x, y)` in
+`batches`, or over one pair `(x, y)` of arrays.
+"""
+function evaluate(model, batches; loss = logitcrossentropy)
+    n, total, correct = 0, 0.0, 0
+    for (x, y) in as_batches(batches, 1024)
+        ŷ = model(x)
+        m = size(ŷ)[end]
+        n += m
+        total += m * loss(ŷ, y)
+        correct += count(onecold(Flux.cpu(ŷ)) .== onecold(Flux.cpu(y)))
+    end
+    return (; loss = total / n, accuracy = correct / n)
+end
+
+as_batches(data::Tuple{AbstractArray,AbstractArray}, batchsize; kwargs...) =
+    DataLoader(data; batchsize = min(batchsize, numobs(data)), kwargs...)
+as_batches(batches, batchsize; kwargs...) = batches

@@ -1,0 +1,81 @@
+using Flux, PrunableFlux, Random, Test
+import Optimisers
+
+function task(rng; n = 64)
+    x = randn(rng, Float32, 8, n)
+    return x, Flux.onehotbatch(map(c -> argmax(c[1:3]), eachcol(x)), 1:3)
+end
+
+"The same network as plain Dense layers, trained with masks multiplied in by hand."
+struct Literal
+    layers::Any
+    masks::Any
+end
+Flux.@layer Literal trainable=(layers,)
+(m::Literal)(x) = foldl((x, (l, mask)) -> l.σ.((l.weight .* mask) * x .+ l.bias), zip(m.layers, m.masks); init = x)
+
+@testset "pruned in mid-training stays 0, the others train as ever: $(nameof(typeof(rule)))" for rule in (
+        Descent(0.1), Momentum(0.05, 0.9), Nesterov(0.05, 0.9), Adam(0.01), AdamW(0.01, (0.9, 0.999), 0.1), RMSProp(0.01))
+    rng = Xoshiro(1)
+    batch = task(rng)
+    model = Chain(PrunableDense(8 => 16, relu), PrunableDense(16 => 3))
+    opt = Flux.setup(rule, model)
+    loss = Flux.logitcrossentropy
+    train_masked!(loss, model, Iterators.repeated(batch, 20), opt)
+    prune!(model, Magnitude(); sparsity = 0.6, opt)
+    literal = Literal([deepcopy(l.dense) for l in model], [l.mask for l in model])
+    literal_opt = Flux.setup(rule, literal)
+    for (i, layer) in enumerate(model), name in (:weight, :bias)
+        from, to = opt.layers[i].dense[name], literal_opt.layers[i][name]
+        to.state = deepcopy(from.state)
+    end
+    losses = train_masked!(loss, model, Iterators.repeated(batch, 30), opt)
+    for step in 1:30
+        value, (gradient,) = Flux.withgradient(m -> loss(m(batch[1]), batch[2]), literal)
+        @test value ≈ losses[step] rtol = 1e-4
+        Flux.update!(literal_opt, literal, gradient)
+    end
+    @test losses[end] < losses[1]
+    for (ours, theirs) in zip(model, literal.layers)
+        @test all(iszero, ours.dense.weight[.!ours.mask])
+        @test ours.dense.weight[ours.mask] ≈ theirs.weight[ours.mask] rtol = 1e-3
+    end
+    @test sparsity(model) ≈ 0.6 atol = 0.01
+end
+
+@testset "the optimiser's memory of pruned weights is cleared" begin
+    model = Chain(PrunableDense(8 => 16, relu), PrunableDense(16 => 3))
+    opt = Flux.setup(OptimiserChain(WeightDecay(1f-4), Adam(0.01)), model)
+    train_masked!(Flux.logitcrossentropy, model, Iterators.repeated(task(Xoshiro(2)), 5), opt)
+    prune!(model, Magnitude(); sparsity = 0.5, opt)
+    for (i, layer) in enumerate(model)
+        m, v, _ = opt.layers[i].dense.weight.state[2]
+        @test all(iszero, m[.!layer.mask]) && all(iszero, v[.!layer.mask])
+        @test all(!iszero, v[layer.mask])
+    end
+end
+
+@testset "a rule that moves every weight still leaves the pruned ones at 0" begin
+    model = prune!(Chain(PrunableDense(8 => 3)), Magnitude(); sparsity = 0.5)
+    opt = Flux.setup(OptimiserChain(Descent(0.1), SignDecay(0.1), WeightDecay(0.1)), model)
+    model[1].dense.weight .= 1
+    train_masked!(Flux.logitcrossentropy, model, [task(Xoshiro(3))], opt)
+    @test all(iszero, model[1].dense.weight[.!model[1].mask])
+end
+
+@testset "a loss that is not finite stops training before the step" begin
+    model = Chain(PrunableDense(8 => 3))
+    before = deepcopy(Flux.state(model))
+    x, y = task(Xoshiro(4))
+    @test_throws DomainError train_masked!((ŷ, y) -> NaN * sum(ŷ), model, [(x, y)], Flux.setup(Adam(), model))
+    @test Flux.state(model) == before
+end
+
+@testset "evaluate" begin
+    model = Chain(PrunableDense(Float32[1 0; 0 1], false))
+    x = Float32[2 0 1 3; 1 1 0 4]
+    y = Flux.onehotbatch([1, 2, 2, 2], 1:2)
+    @test evaluate(model, (x, y)).accuracy == 0.75
+    @test evaluate(model, (x, y)).loss ≈ Flux.logitcrossentropy(x, y)
+    @test evaluate(model, Flux.DataLoader((x, y); batchsize = 3)).loss ≈ Flux.logitcrossentropy(x, y)
+end
