@@ -1,0 +1,269 @@
+"""The engine that computes in Julia, and the only module that imports juliacall."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..choices import Optimiser, Saliency, Sparsity, Structure
+from ..errors import Diverged, EngineUnavailable, InvalidInput
+from .base import Engine, Float, Int, Layer, Model
+
+SECONDS_PER_CALL = 0.2
+"""How long one call into Julia trains before Python may look at Ctrl-C and redraw progress."""
+
+PACKAGE = Path(__file__).parent.parent / "julia"
+"""The Julia package: a link to the repository's ``julia/``, or the wheel's own copy."""
+
+
+@functools.cache
+def start() -> Any:
+    """Start Julia in this process, once, and return its ``Main`` with PrunableFlux loaded.
+
+    Raises:
+        EngineUnavailable: Julia or its packages cannot be had here.
+
+    """
+    try:
+        with _stdout_to_stderr(), _environment(_defaults()), warnings.catch_warnings():
+            # juliacall warns if torch came first; the crash it fears is tested for, and no user can act on it.
+            warnings.filterwarnings("ignore", message="torch was imported before juliacall")
+            _prepare_project()
+            import juliacall
+
+            main = juliacall.Main
+            main.seval("using Flux, PrunableFlux; import LinearAlgebra")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, subprocess.CalledProcessError):
+            reason = "its package manager failed; what it says is above"
+        raise EngineUnavailable(
+            f"Julia could not be started ({reason}); `pyflux-prune doctor` says what is missing"
+        ) from error
+    _take_back_interrupts()
+    if not {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
+        main.seval("LinearAlgebra.BLAS.set_num_threads(Threads.nthreads())")
+    return main
+
+
+def _defaults() -> dict[str, str]:
+    """What juliacall should be told, where the user has not said it.
+
+    With Julia's signal handling off, more than one Julia thread can crash in the garbage collector: handling
+    is on, unless the user turned it off, and then there is one thread.
+    """
+
+    def said(name: str) -> str | None:
+        option = sys._xoptions.get(f"juliacall-{name.lower().replace('_', '-')}")
+        return str(option) if option is not None else os.environ.get(f"PYTHON_JULIACALL_{name}")
+
+    defaults = {}
+    if said("HANDLE_SIGNALS") is None:
+        defaults["PYTHON_JULIACALL_HANDLE_SIGNALS"] = "yes"
+    if said("THREADS") is None and "JULIA_NUM_THREADS" not in os.environ:
+        defaults["PYTHON_JULIACALL_THREADS"] = "1" if said("HANDLE_SIGNALS") == "no" else "auto"
+    return defaults
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Keep the package manager's messages off stdout, which belongs to results, and drop juliapkg's chatter."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _prepare_project() -> None:
+    """See to the Julia project that juliacall will ask juliapkg for."""
+    if "juliacall" in sys.modules or {"PYTHON_JULIACALL_EXE", "PYTHON_JULIACALL_PROJECT"} & os.environ.keys():
+        return
+    import juliapkg
+
+    if not juliapkg.offline(None):
+        if not juliapkg.resolve(dry_run=True):
+            print("pyflux_prune: preparing Julia and its packages; some minutes, once", file=sys.stderr)
+        return
+    # Offline, juliapkg finds Julia and leaves the project empty: fill it from the packages in the depot.
+    project = Path(juliapkg.project())
+    if not (project / "Manifest.toml").exists():
+        script = (
+            f'import Pkg; Pkg.offline(true); Pkg.develop(path=raw"{PACKAGE}"); Pkg.add([Pkg.PackageSpec("Flux"), '
+            f'Pkg.PackageSpec(name="PythonCall", version="{importlib.metadata.version("juliacall")}")])'
+        )
+        subprocess.run(
+            [juliapkg.executable(), f"--project={project}", "--startup-file=no", "-e", script],
+            check=True,
+            env={**os.environ, "JULIA_PYTHONCALL_EXE": sys.executable},
+        )
+
+
+def _take_back_interrupts() -> None:
+    """Give Ctrl-C back to Python: Julia's handling would wait for the call to end, or end the process."""
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGINT)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@functools.cache
+def _bridge() -> Any:
+    return start().seval("Base.get_extension(PrunableFlux, :PrunableFluxPythonCallExt)")
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Turn what Julia throws at bad input into this package's exceptions."""
+    import juliacall
+
+    try:
+        yield
+    except juliacall.JuliaError as error:
+        main, cause = start(), error.exception
+        if main.isa(cause, main.ArgumentError) or main.isa(cause, main.DimensionMismatch):
+            raise InvalidInput(str(cause.msg)) from None
+        if main.isa(cause, main.DomainError):
+            raise Diverged(str(cause.msg)) from None
+        raise
+
+
+def _choice(value: object) -> Any:
+    """Return the Julia struct with the name and the fields of a choice."""
+    given = {f.name.rstrip("_"): getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
+    return _bridge().choice(type(value).__name__, given)
+
+
+class JuliaModel(Model):
+    """A Flux ``Chain`` of ``PrunableDense`` in Julia's memory."""
+
+    engine = "julia"
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        """Copy the layers' arrays into Julia: they are row-major here and column-major there."""
+        bridge = _bridge()
+        self._names = [layer.name for layer in layers]
+        self._activations = [layer.activation for layer in layers]
+        self._model = bridge.network(
+            *(bridge.layer(layer.weight, layer.mask, layer.bias, layer.activation) for layer in layers)
+        )
+        self._opt: Any = None
+
+    def layers(self) -> list[Layer]:
+        """Return the layers as NumPy views of Julia's memory."""
+        return [
+            Layer(name, np.asarray(w), np.asarray(m), None if b is None else np.asarray(b), activation)
+            for name, activation, (w, m, b) in zip(
+                self._names, self._activations, _bridge().parameters(self._model), strict=True
+            )
+        ]
+
+    def load(self, layers: Sequence[Layer]) -> None:
+        """Copy weights, biases and masks in."""
+        getattr(_bridge(), "load!")(self._model, *((la.weight, la.mask, la.bias) for la in layers))
+
+    def forward(self, x: Float) -> Float:
+        """Return the outputs, a view of Julia's memory."""
+        return np.asarray(_bridge().forward(self._model, x.T)).T
+
+    def evaluate(self, x: Float, y: Int) -> tuple[float, float]:
+        """Return the mean cross-entropy and the accuracy."""
+        loss, accuracy = _bridge().score(self._model, x.T, y)
+        return float(loss), float(accuracy)
+
+    def loss_and_gradients(self, x: Float, y: Int) -> tuple[float, list[tuple[Float, Float | None]]]:
+        """Return the mean cross-entropy and each layer's gradient."""
+        loss, gradients = _bridge().loss_and_gradients(self._model, x.T, y)
+        return float(loss), [(np.asarray(w), None if b is None else np.asarray(b)) for w, b in gradients]
+
+    def start(self, optimiser: Optimiser) -> None:
+        """Begin a training run: optimiser memory is empty."""
+        self._opt = _bridge().setup(self._model, _choice(optimiser))
+
+    def train(
+        self, x: Float, y: Int, order: Int, batchsize: int, tick: Callable[[int], None] | None = None
+    ) -> Float:
+        """Train over the given batches, in Julia, coming back a few times a second for Ctrl-C and ``tick``."""
+        steps = _bridge().Steps(self._model, self._opt, x.T, y, order, batchsize)
+        total, done = len(steps.losses), 0
+        while done < total:
+            with _translated():
+                done = getattr(_bridge(), "advance!")(steps, SECONDS_PER_CALL)
+            if tick is not None:
+                tick(done)
+        return np.array(steps.losses)
+
+    def scores(self, saliency: Saliency) -> list[Float]:
+        """Return the saliency of each layer's weights."""
+        return [np.asarray(s) for s in _bridge().scores(self._model, _choice(saliency))]
+
+    def prune(self, saliency: Saliency, sparsity: Sparsity, structure: Structure) -> None:
+        """Prune to ``sparsity``."""
+        with _translated():
+            _bridge().prune(self._model, _choice(saliency), sparsity, _choice(structure), self._opt)
+
+
+class JuliaEngine(Engine):
+    """Flux and PrunableFlux, through juliacall."""
+
+    name = "julia"
+
+    def __init__(self) -> None:
+        """Start Julia if this process has not yet; EngineUnavailable where that cannot be done."""
+        start()
+
+    def build(self, layers: Sequence[Layer]) -> JuliaModel:
+        """Return a new model with copies of these layers' arrays."""
+        return JuliaModel(layers)
+
+    def versions(self) -> dict[str, Any]:
+        """Return the versions, threads and BLAS that results depend on."""
+        main = start()
+        return {
+            "julia": str(main.VERSION),
+            "juliacall": importlib.metadata.version("juliacall"),
+            "Flux": str(main.pkgversion(main.Flux)),
+            "PrunableFlux": str(main.pkgversion(main.PrunableFlux)),
+            "threads": int(main.Threads.nthreads()),
+            "blas": str(
+                main.seval(
+                    'join((basename(l.libname) for l in LinearAlgebra.BLAS.get_config().loaded_libs), ", ")'
+                )
+            ),
+            "blas_threads": int(main.LinearAlgebra.BLAS.get_num_threads()),
+            "numpy": np.__version__,
+        }
