@@ -1,86 +1,82 @@
-# What the Python package calls. Arrays arrive as views of NumPy's memory and are used in place unless a comment
-# says that they are copied. A row-major (samples, features) array, transposed on the Python side, is Julia's
-# (features, samples).
+# What the Python package calls. NumPy arrays come as the address of their memory and their sizes, which needs no
+# compilation in the user's session, and are used in place unless a comment says that they are copied. A row-major
+# (samples, features) array is Julia's (features, samples). Python keeps an array alive while Julia may read it.
 module PrunableFluxPythonCallExt
 
 using Flux: Flux, Chain, Dense, logitcrossentropy, onehotbatch
 using MLUtils: BatchView, obsview
 using NNlib: NNlib
 using Optimisers: Optimisers
-using PrunableFlux: PrunableFlux, PrunableDense, evaluate, mask!, prune!, prunables, saliency, step!, zero_pruned!
-using PythonCall: PyArray
+using PrecompileTools: @compile_workload, @setup_workload
+using PrunableFlux: PrunableFlux, Global, Layerwise, Magnitude, PrunableDense, evaluate, mask!, prune!, prunables, saliency,
+                    step!, zero_pruned!
+import PythonCall
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
 
-"A Julia array on the memory of a contiguous NumPy array, valid while the NumPy array lives."
-borrow(x::PyArray) = unsafe_wrap(Array, pointer(x), size(x))
+borrow(::Type{T}, address, dims...) where {T} = unsafe_wrap(Array, Ptr{T}(UInt(address)), dims)
 
-# NumPy holds weights row-major, Julia column-major: this is a copy.
-layer(weight, mask, bias, activation) = PrunableDense(
-    Dense(Matrix{Float32}(weight), isnothing(bias) ? false : Vector{Float32}(bias), ACTIVATIONS[Symbol(activation)]),
-    Matrix{Bool}(mask))
+# Row-major in NumPy, column-major here: weights and masks are copied, both ways.
+rows(::Type{T}, address, outputs, inputs) where {T} = permutedims(borrow(T, address, inputs, outputs))
 
-network(layers...) = Chain(layers...)
+layer(outputs, inputs, weight, mask, bias, activation) = PrunableDense(
+    Dense(rows(Float32, weight, outputs, inputs), iszero(bias) ? false : copy(borrow(Float32, bias, outputs)),
+          ACTIVATIONS[Symbol(activation)]),
+    rows(Bool, mask, outputs, inputs))
 
-"The arrays of each layer, for Python to view: (weight, mask, bias or nothing)."
-parameters(model) = map(prunables(model)) do layer
-    (; weight, bias) = layer.dense
-    (zero_pruned!(weight, layer.mask), layer.mask, bias isa Bool ? nothing : bias)
-end
+# A vector, not a tuple, of layers: one type for networks of every depth, so that all of them are precompiled.
+network(layers...) = Chain(PrunableDense[layers...])
 
-function load!(model, arrays...)
-    for ((weight, mask, bias), l) in zip(arrays, prunables(model))
-        copyto!(l.dense.weight, weight)
-        copyto!(l.mask, mask)
-        isnothing(bias) || copyto!(l.dense.bias, bias)
-    end
-    mask!(model)
+outputs(model) = size(last(model.layers).mask, 1)
+
+weight(model, i) = zero_pruned!(model[i].dense.weight, model[i].mask)
+mask(model, i) = model[i].mask
+bias(model, i) = model[i].dense.bias
+
+function load!(model, i, weight, mask, bias)
+    (; dense) = model[i]
+    copyto!(dense.weight, rows(Float32, weight, size(dense.weight)...))
+    copyto!(model[i].mask, rows(Bool, mask, size(dense.weight)...))
+    iszero(bias) || copyto!(dense.bias, borrow(Float32, bias, length(dense.bias)))
+    mask!(model[i])
     return nothing
 end
 
-choice(name, fields) = choice(Symbol(name), NamedTuple(Symbol(k) => v for (k, v) in fields))
-choice(name::Symbol, fields::NamedTuple) =
-    getproperty(isdefined(PrunableFlux, name) ? PrunableFlux : Optimisers, name)(; fields...)
+"The struct of this name with these fields, whether a choice of PrunableFlux or a rule of Optimisers."
+choice(name; fields...) =
+    getproperty(isdefined(PrunableFlux, Symbol(name)) ? PrunableFlux : Optimisers, Symbol(name))(; fields...)
 
-forward(model, x::PyArray) = GC.@preserve x model(borrow(x))
+samples(model, x, features, y, n) =
+    borrow(Float32, x, features, n), onehotbatch(borrow(Int64, y, n), 0:(outputs(model) - 1))
 
-labels(model, y::Array) = onehotbatch(y, 0:(size(last(prunables(model)).dense.weight, 1) - 1))
+forward(model, x, features, n) = model(borrow(Float32, x, features, n))
 
-score(model, x::PyArray, y::PyArray) = GC.@preserve x y begin
-    target = borrow(y)
-    (; loss, accuracy) = evaluate(model, (borrow(x), labels(model, target)))
-    (loss, accuracy)
-end
+score(model, x, features, y, n) = values(evaluate(model, samples(model, x, features, y, n)))
 
-function loss_and_gradients(model, x::PyArray, y::PyArray)
-    GC.@preserve x y begin
-        input, target = borrow(x), labels(model, borrow(y))
-        loss, (gradient,) = Flux.withgradient(m -> logitcrossentropy(m(input), target), model)
-    end
+function loss_and_gradients(model, x, features, y, n)
+    input, target = samples(model, x, features, y, n)
+    loss, (gradient,) = Flux.withgradient(m -> logitcrossentropy(m(input), target), model)
     return loss, [(g.dense.weight, g.dense.bias) for g in gradient.layers]
 end
-
-scores(model, criterion) = saliency(criterion, model)
 
 setup(model, rule) = Flux.setup(rule, model)
 
 prune(model, criterion, sparsity, structure, opt) = (prune!(model, criterion; sparsity, structure, opt); nothing)
 
 "A training run over given batches that can be left and taken up again between two steps."
-mutable struct Steps{M,L,O,B,X,Y}
+mutable struct Steps{M,O,B}
     const model::M
-    const layers::L
+    const layers::Vector{PrunableDense}
     const opt::O
     const batches::B
     const losses::Vector{Float32}
-    const owners::Tuple{X,Y} # NumPy arrays whose memory the batches read
     done::Int
 end
 
-function Steps(model, opt, x::PyArray, y::PyArray, order::PyArray, batchsize)
-    positions = Int.(order) .+ 1
-    batches = BatchView(obsview((borrow(x), labels(model, borrow(y))), positions); batchsize, partial = true)
-    return Steps(model, prunables(model), opt, batches, zeros(Float32, length(batches)), (x, y), 0)
+function Steps(model, opt, x, features, y, n, order, visited, batchsize)
+    data = obsview(samples(model, x, features, y, n), borrow(Int64, order, visited) .+ 1)
+    batches = BatchView(data; batchsize = min(batchsize, visited), partial = true)
+    return Steps(model, prunables(model), opt, batches, zeros(Float32, length(batches)), 0)
 end
 
 "Take steps until all are done or `seconds` have passed; return how many are done."
@@ -94,6 +90,25 @@ function advance!(steps::Steps, seconds)
         time() < deadline || break
     end
     return steps.done
+end
+
+@setup_workload begin
+    x, y, order = rand(Float32, 3, 12), rand(0:2, 12), collect(0:11)
+    w, m, b = rand(Float32, 9), fill(true, 9), zeros(Float32, 3)
+    at(array) = Int(pointer(array))
+    @compile_workload GC.@preserve x y order w m b begin
+        model = network((layer(3, 3, at(w), at(m), at(b), String(name)) for name in keys(ACTIVATIONS))...)
+        load!(model, 1, at(w), at(m), at(b))
+        weight(model, 1), mask(model, 1), bias(model, 1), repr(model)
+        opt = setup(model, choice("Adam"; eta = 0.01, beta = (0.9, 0.999), epsilon = 1e-8))
+        steps = Steps(model, opt, at(x), 3, at(y), 12, at(order), 12, 5)
+        advance!(steps, 0.2), length(steps.losses)
+        for structure in (Global(), Layerwise())
+            prune(model, choice("Magnitude"), 0.2, structure, opt)
+        end
+        saliency(Magnitude(), model)
+        forward(model, at(x), 3, 12), score(model, at(x), 3, at(y), 12), loss_and_gradients(model, at(x), 3, at(y), 12)
+    end
 end
 
 end

@@ -13,11 +13,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..choices import Optimiser, Saliency, Sparsity, Structure
 from ..errors import Diverged, EngineUnavailable, InvalidInput
@@ -165,7 +166,15 @@ def _translated() -> Iterator[None]:
 def _choice(value: object) -> Any:
     """Return the Julia struct with the name and the fields of a choice."""
     given = {f.name.rstrip("_"): getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
-    return _bridge().choice(type(value).__name__, given)
+    return _bridge().choice(type(value).__name__, **given)
+
+
+def _at(array: npt.NDArray[Any] | None) -> int:
+    """Return the address of a C-contiguous array, or 0 for none."""
+    if array is None:
+        return 0
+    assert array.flags.c_contiguous
+    return array.ctypes.data
 
 
 class JuliaModel(Model):
@@ -175,39 +184,48 @@ class JuliaModel(Model):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         """Copy the layers' arrays into Julia: they are row-major here and column-major there."""
-        bridge = _bridge()
-        self._names = [layer.name for layer in layers]
-        self._activations = [layer.activation for layer in layers]
-        self._model = bridge.network(
-            *(bridge.layer(layer.weight, layer.mask, layer.bias, layer.activation) for layer in layers)
+        layers = [_row_major(layer) for layer in layers]
+        self._kinds = [(layer.name, layer.activation, layer.bias is not None) for layer in layers]
+        self._model = _bridge().network(
+            *(
+                _bridge().layer(*la.weight.shape, _at(la.weight), _at(la.mask), _at(la.bias), la.activation)
+                for la in layers
+            )
         )
         self._opt: Any = None
 
     def layers(self) -> list[Layer]:
         """Return the layers as NumPy views of Julia's memory."""
+        bridge, model = _bridge(), self._model
         return [
-            Layer(name, np.asarray(w), np.asarray(m), None if b is None else np.asarray(b), activation)
-            for name, activation, (w, m, b) in zip(
-                self._names, self._activations, _bridge().parameters(self._model), strict=True
+            Layer(
+                name,
+                np.asarray(bridge.weight(model, i)),
+                np.asarray(bridge.mask(model, i)),
+                np.asarray(bridge.bias(model, i)) if has_bias else None,
+                activation,
             )
+            for i, (name, activation, has_bias) in enumerate(self._kinds, start=1)
         ]
 
     def load(self, layers: Sequence[Layer]) -> None:
         """Copy weights, biases and masks in."""
-        getattr(_bridge(), "load!")(self._model, *((la.weight, la.mask, la.bias) for la in layers))
+        for i, la in enumerate(map(_row_major, layers), start=1):
+            getattr(_bridge(), "load!")(self._model, i, _at(la.weight), _at(la.mask), _at(la.bias))
 
     def forward(self, x: Float) -> Float:
         """Return the outputs, a view of Julia's memory."""
-        return np.asarray(_bridge().forward(self._model, x.T)).T
+        n, features = x.shape
+        return np.asarray(_bridge().forward(self._model, _at(x), features, n)).T
 
     def evaluate(self, x: Float, y: Int) -> tuple[float, float]:
         """Return the mean cross-entropy and the accuracy."""
-        loss, accuracy = _bridge().score(self._model, x.T, y)
+        loss, accuracy = _bridge().score(self._model, *_samples(x, y))
         return float(loss), float(accuracy)
 
     def loss_and_gradients(self, x: Float, y: Int) -> tuple[float, list[tuple[Float, Float | None]]]:
         """Return the mean cross-entropy and each layer's gradient."""
-        loss, gradients = _bridge().loss_and_gradients(self._model, x.T, y)
+        loss, gradients = _bridge().loss_and_gradients(self._model, *_samples(x, y))
         return float(loss), [(np.asarray(w), None if b is None else np.asarray(b)) for w, b in gradients]
 
     def start(self, optimiser: Optimiser) -> None:
@@ -218,7 +236,8 @@ class JuliaModel(Model):
         self, x: Float, y: Int, order: Int, batchsize: int, tick: Callable[[int], None] | None = None
     ) -> Float:
         """Train over the given batches, in Julia, coming back a few times a second for Ctrl-C and ``tick``."""
-        steps = _bridge().Steps(self._model, self._opt, x.T, y, order, batchsize)
+        order = np.ascontiguousarray(order, np.int64)
+        steps = _bridge().Steps(self._model, self._opt, *_samples(x, y), _at(order), len(order), batchsize)
         total, done = len(steps.losses), 0
         while done < total:
             with _translated():
@@ -229,12 +248,23 @@ class JuliaModel(Model):
 
     def scores(self, saliency: Saliency) -> list[Float]:
         """Return the saliency of each layer's weights."""
-        return [np.asarray(s) for s in _bridge().scores(self._model, _choice(saliency))]
+        return [np.asarray(s) for s in _bridge().saliency(_choice(saliency), self._model)]
 
     def prune(self, saliency: Saliency, sparsity: Sparsity, structure: Structure) -> None:
         """Prune to ``sparsity``."""
         with _translated():
             _bridge().prune(self._model, _choice(saliency), sparsity, _choice(structure), self._opt)
+
+
+def _row_major(layer: Layer) -> Layer:
+    """Return the layer with row-major arrays; a network of this engine has column-major ones."""
+    return replace(layer, weight=np.ascontiguousarray(layer.weight), mask=np.ascontiguousarray(layer.mask))
+
+
+def _samples(x: Float, y: Int) -> tuple[int, int, int, int]:
+    """Return what the bridge takes for samples: where they are, features, where labels are, how many."""
+    n, features = x.shape
+    return _at(x), features, _at(y), n
 
 
 class JuliaEngine(Engine):
