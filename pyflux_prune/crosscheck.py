@@ -25,7 +25,7 @@ from .choices import (
 )
 from .datasets import Dataset
 from .engines import Layer, Model, get_engine
-from .engines.base import Bool, Float
+from .engines.base import Bool, Float, Int
 from .experiment import Plan, batch_order, check_fit, copies, restart, train_round
 from .network import Network, check_choice
 
@@ -39,6 +39,8 @@ Array = Float | None
 
 FIRST_STEPS = 100
 """How many training steps of each round are compared one by one; further on, rounding errors grow."""
+
+STEPS_PER_TURN = 10
 
 
 @dataclass(frozen=True)
@@ -179,15 +181,24 @@ def _compare_steps(
     for model in (ours, theirs):
         model.start(plan.training.optimiser)
     weights, losses = 0.0, 0.0
-    for part in islice(batches, FIRST_STEPS):
-        loss, their_loss = (m.train(data.x_train, data.y_train, part, size)[0] for m in (ours, theirs))
-        losses = _worst(losses, abs(float(loss) - float(their_loss)) / abs(float(their_loss)))
-        flat, their_flat = ([a for la in m.layers() for a in (la.weight, la.bias)] for m in (ours, theirs))
-        weights = _worst(weights, apart(flat, their_flat))
+    first = islice(batches, FIRST_STEPS)
+    # In turns of several steps: the idle threads of one engine slow the other down for a while.
+    while turn := list(islice(first, STEPS_PER_TURN)):
+        before = [_step(ours, data, part) for part in turn]
+        for part, (loss, arrays) in zip(turn, before, strict=True):
+            their_loss, their_arrays = _step(theirs, data, part)
+            losses = _worst(losses, abs(loss - their_loss) / abs(their_loss))
+            weights = _worst(weights, apart(arrays, their_arrays))
     compare("loss of each step", losses, STEPS)
     compare("weights after each step", weights, WEIGHTS)
     for model in (ours, theirs):
         model.load(began)
+
+
+def _step(model: Model, data: Dataset, part: Int) -> tuple[float, list[Array]]:
+    """Take one training step; return the loss before it, and the weights and biases after it."""
+    loss = float(model.train(data.x_train, data.y_train, part, len(part))[0])
+    return loss, [array for la in copies(model.layers()) for array in (la.weight, la.bias)]
 
 
 def _compare_pruning(ours: Model, theirs: Model, plan: Plan, sparsity: Sparsity, compare: Compare) -> None:
