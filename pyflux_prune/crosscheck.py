@@ -32,7 +32,7 @@ from .network import Network, check_choice
 if TYPE_CHECKING:
     from rich.table import Table
 
-FORWARD, LOSS, GRADIENT, STEPS, WEIGHTS, SCORES, ACCURACY = 1e-5, 1e-5, 1e-4, 1e-4, 1e-3, 1e-6, 0.02
+FORWARD, LOSS, GRADIENT, STEPS, WEIGHTS, SCORES, ACCURACY = 1e-5, 1e-5, 1e-4, 1e-4, 1e-4, 1e-6, 0.02
 """Tolerances: relative, but for accuracy, which is absolute; masks must be identical."""
 
 Array = Float | None

@@ -164,7 +164,7 @@ isdense(x) = x isa Union{Dense,PrunableDense} || isleaf(x)
 The [`PrunableDense`](@ref) layers of a model, each once, in the order in which they are reached depth first.
 Their order is the order of layers wherever position counts.
 """
-prunables(model) = PrunableDense[m for m in Flux.modules(model) if m isa PrunableDense]
+prunables(model) = unique(PrunableDense[m for m in Flux.modules(model) if m isa PrunableDense])
 
 """
     density(model)
