@@ -244,23 +244,33 @@ def resume(
     run = Run.from_json(record, Network(get_engine(engine or record["engine"]).build(layers)))
     if data.name != run.data:
         raise InvalidInput(f"data must be {run.data!r}, as when the run in {folder} began, not {data.name!r}")
-    check_fit(run.network, data, run.plan)
+    check_fit(run.network, data, run.plan, done=len(run.rounds))
     return _carry_out(run, data, folder, origin, progress)
 
 
-def check_fit(net: Network, data: Dataset, plan: Plan) -> None:
-    """Raise InvalidInput unless the plan can be carried out with this network on these data."""
+def check_fit(net: Network, data: Dataset, plan: Plan, done: int = 0) -> None:
+    """Raise InvalidInput unless the plan, but for rounds ``done``, fits this network and these data."""
     if data.features != net.features or data.classes > net.outputs:
         raise InvalidInput(
             f"data has {data.features} features and {data.classes} classes, but net takes {net.features} features "
             f"and has {net.outputs} outputs"
         )
-    first, depth = plan.schedule[0], len(net.layers)
-    if isinstance(first, tuple) and (not isinstance(plan.structure, Layerwise) or len(first) != depth):
-        raise InvalidInput(
-            f"schedule may hold {len(first)} sparsities per round only with Layerwise() and {len(first)} prunable "
-            f"layers, not with {plan.structure} and {depth}"
-        )
+    masks, layerwise = net.masks, isinstance(plan.structure, Layerwise)
+    for many in (target for target in plan.schedule if isinstance(target, tuple)):
+        if not layerwise or len(many) != len(masks):
+            raise InvalidInput(
+                f"schedule may hold {len(many)} sparsities per round only with Layerwise() and {len(many)} "
+                f"prunable layers, not with {plan.structure} and {len(masks)}"
+            )
+    groups = masks if layerwise else [np.concatenate([m.ravel() for m in masks])]
+    for following in plan.schedule[done : done + 1]:
+        targets = following if isinstance(following, tuple) else (following,) * len(groups)
+        for mask, target in zip(groups, targets, strict=True):
+            if (pruned := int((~mask).sum())) > round(target * mask.size):
+                raise InvalidInput(
+                    f"schedule must not begin below what is pruned already, but asks for {target:g} of "
+                    f"{mask.size} competing weights of net, of which {pruned} are pruned"
+                )
     steps = plan.training.epochs * steps_per_epoch(len(data.y_train), plan.training)
     if isinstance(plan.finetune, Rewind) and plan.finetune.to > steps:
         raise InvalidInput(

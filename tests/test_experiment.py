@@ -191,6 +191,7 @@ def test_a_failed_write_leaves_the_last_whole_round(
     [
         ({"schedule": [0.5, 0.4]}, ["never go down"]),
         ({"schedule": [(0.5, 0.5)]}, ["Layerwise"]),
+        ({"schedule": [0.1, (0.5, 0.5, 0.5)], "structure": fp.Layerwise()}, ["3", "2"]),
         ({"schedule": [(0.5, 0.5, 0.5)], "structure": fp.Layerwise()}, ["3", "2"]),
         ({"finetune": "again"}, ["finetune", "'again'"]),
         ({"finetune": fp.Rewind(10**6)}, ["rewind", "1000000"]),
@@ -218,6 +219,11 @@ def test_data_must_fit_the_network(blobs: Dataset) -> None:
         fp.iterative_prune(fp.mlp([5, 3], engine="torch"), blobs)
     with pytest.raises(fp.InvalidInput, match=r"3 classes.*2 outputs"):
         fp.iterative_prune(fp.mlp([6, 2], engine="torch"), blobs)
+    sparse = fp.prune(fp.mlp([6, 3], engine="torch"), sparsity=0.5)
+    before = weights(sparse)
+    with pytest.raises(fp.InvalidInput, match="9 are pruned"):
+        fp.iterative_prune(sparse, blobs, schedule=[0.2, 0.6])
+    assert same(before, weights(sparse))
     with pytest.raises(fp.InvalidInput, match="data must be Dataset"):
         fp.iterative_prune(fp.mlp([6, 2], engine="torch"), "digits")  # type: ignore[arg-type]
 

@@ -23,7 +23,6 @@ true
 """
 function prune!(model, criterion, batch...; sparsity, structure = Global(), opt = nothing)
     layers = prunables(model)
-    isempty(layers) && throw(ArgumentError("model has no prunable layers; prunable(model) makes them"))
     scores = map(Array, saliency(criterion, model, batch...))
     masks = select(structure, scores, [Array(layer.mask) for layer in layers], sparsity)
     foreach((layer, mask) -> copyto!(layer.mask, mask), layers, masks)
@@ -47,7 +46,8 @@ Returns a vector of named tuples, which is a Tables.jl table, one row for the de
 per round: `round`, `sparsity`, `nonzero` (kept weights), `loss` and `accuracy` on `test`, `layers` (the density
 of each), `seconds`.
 
-The schedule is checked before anything is trained.
+Throws `ArgumentError`, before anything is trained, for a schedule that [`sparsities`](@ref) rejects or that begins
+below what is pruned already, and for a `Rewind` to a step that training does not reach.
 
 # Examples
 ```jldoctest
@@ -69,8 +69,12 @@ function iterative_prune!(model, train, test; saliency = Magnitude(), structure 
                           training = Training(), rng::AbstractRNG = Random.default_rng())
     targets = sparsities(schedule)
     batches = as_batches(train, training.batchsize; shuffle = true, rng)
+    copy_at = origin_step(finetune)
+    0 <= copy_at && (copy_at == 0 || copy_at <= training.epochs * length(batches)) || throw(ArgumentError(
+        "finetune must rewind to one of the $(training.epochs * length(batches)) training steps, not $copy_at"))
+    to_drop(structure, [layer.mask for layer in prunables(model)], first(targets))
     started = time()
-    origin = fit!(model, batches, training; copy_at = origin_step(finetune))
+    origin = fit!(model, batches, training; copy_at)
     history = [report(model, test, training, 0, started)]
     for (round, target) in enumerate(targets)
         started = time()

@@ -36,11 +36,21 @@ function select(structure, scores, masks, sparsity)
     any(((score, mask),) -> any(isnan, score[mask]), zip(scores, masks)) &&
         throw(ArgumentError("saliency gave NaN scores, which cannot be ranked"))
     group = groups(structure, length(masks))
+    drops = to_drop(structure, masks, sparsity)
+    new = [Matrix{Bool}(mask) for mask in masks]
+    foreach((layers, k) -> drop_lowest!(new[layers], scores[layers], k), group, drops)
+    return new
+end
+
+"How many more weights of each competing group must go; throws what [`select`](@ref) does for `sparsity`."
+function to_drop(structure, masks, sparsity)
+    isempty(masks) && throw(ArgumentError("model has no prunable layers; prunable(model) makes them"))
+    group = groups(structure, length(masks))
     sparsity isa Real || length(sparsity) == length(group) || throw(DimensionMismatch(
         "sparsity must be one number$(structure isa Layerwise ? " or one per layer ($(length(group)))" : ""), \
          not $(length(sparsity)) numbers with $structure"))
     targets = sparsity isa Real ? fill(sparsity, length(group)) : sparsity
-    drops = map(group, targets) do layers, s
+    return map(group, targets) do layers, s
         0 <= s < 1 || throw(ArgumentError("sparsity must be in [0, 1), not $s"))
         n = sum(i -> length(masks[i]), layers)
         pruned = n - sum(i -> count(masks[i]), layers)
@@ -49,9 +59,6 @@ function select(structure, scores, masks, sparsity)
             $pruned are pruned already in layers $layers, and pruned stays pruned"))
         drop
     end
-    new = [Matrix{Bool}(mask) for mask in masks]
-    foreach((layers, k) -> drop_lowest!(new[layers], scores[layers], k), group, drops)
-    return new
 end
 
 "Set to `false` the `k` kept entries with the lowest scores."

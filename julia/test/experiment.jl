@@ -82,5 +82,10 @@ end
     @test length(history) == 2 && history[end].sparsity == 0.5
     before = deepcopy(Flux.state(model))
     @test_throws ArgumentError iterative_prune!(model, loader, loader; schedule = [0.9, 0.6])
+    sparse = prune!(deepcopy(model), Magnitude(); sparsity = 0.5)
+    @test_throws ArgumentError iterative_prune!(sparse, loader, loader; schedule = [0.4, 0.6])
+    for to in (-1, 16)
+        @test_throws ArgumentError iterative_prune!(model, loader, loader; finetune = Rewind(; to), training = quick)
+    end
     @test Flux.state(model) == before
 end
