@@ -124,9 +124,7 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
             help="Share of the weights pruned in the end; with --structure layerwise also one per layer, "
             "with commas.  [default: what is left of 20 % per round]",
         ),
-        click.option(
-            "--rounds", type=click.IntRange(1), help="Rounds of pruning.  [default: 12; crosscheck: 3]"
-        ),
+        click.option("--rounds", type=click.IntRange(1), help="Rounds of pruning.  [default: 12; crosscheck: 3]"),
         click.option(
             "--finetune",
             default="rewind",
@@ -166,9 +164,7 @@ _ENGINE = click.option(
     type=click.Choice(["auto", "julia", "torch"]),
     help="Julia, or the PyTorch reference; auto falls back to it, with a warning.",
 )
-_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."
-)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
 
 
 def _plan(
@@ -194,9 +190,7 @@ def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
 @cli.command()
 @_experiment(epochs=15)
 @_ENGINE
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="A new or empty directory.  [default: run, run-2, …]"
-)
+@click.option("--out", type=click.Path(path_type=Path), help="A new or empty directory.  [default: run, run-2, …]")
 @click.option(
     "--resume",
     "resume_from",
@@ -341,12 +335,8 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None) ->
 @click.option("--features", default=784, show_default=True, type=click.IntRange(1), help="Inputs.")
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(1), help="Outputs.")
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Samples per step.")
-@click.option(
-    "--sparsity", default="0.9", show_default=True, callback=_sparsity, help="Of the pruned networks."
-)
-@click.option(
-    "--steps", default=200, show_default=True, type=click.IntRange(1), help="Steps per measurement."
-)
+@click.option("--sparsity", default="0.9", show_default=True, callback=_sparsity, help="Of the pruned networks.")
+@click.option("--steps", default=200, show_default=True, type=click.IntRange(1), help="Steps per measurement.")
 @_JSON
 def bench(
     hidden: list[int], features: int, classes: int, batch: int, sparsity: Any, steps: int, as_json: bool

@@ -85,9 +85,7 @@ class CrossCheck:
         for heading in ("round", "quantity", "difference", "tolerance", "within"):
             shown.add_column(heading, justify="left" if heading == "quantity" else "right")
         for d in self.differences:
-            shown.add_row(
-                str(d.round), d.quantity, f"{d.value:.2g}", f"{d.tolerance:g}", "yes" if d.ok else "NO"
-            )
+            shown.add_row(str(d.round), d.quantity, f"{d.value:.2g}", f"{d.tolerance:g}", "yes" if d.ok else "NO")
         return shown
 
 
@@ -169,14 +167,10 @@ def _compare_functions(ours: Model, theirs: Model, data: Dataset, compare: Compa
     compare("gradients", apart(flat, their_flat), GRADIENT)
 
 
-def _compare_steps(
-    ours: Model, theirs: Model, data: Dataset, plan: Plan, number: int, compare: Compare
-) -> None:
+def _compare_steps(ours: Model, theirs: Model, data: Dataset, plan: Plan, number: int, compare: Compare) -> None:
     """Take the first training steps on both engines, one by one, and go back to where they began."""
     began, size = copies(ours.layers()), plan.training.batchsize
-    orders = (
-        batch_order(len(data.y_train), plan.seed, number, epoch) for epoch in range(plan.training.epochs)
-    )
+    orders = (batch_order(len(data.y_train), plan.seed, number, epoch) for epoch in range(plan.training.epochs))
     batches = (order[at : at + size] for order in orders for at in range(0, len(order), size))
     for model in (ours, theirs):
         model.start(plan.training.optimiser)

@@ -57,11 +57,7 @@ def examine() -> list[Finding]:
 
 
 def _executable() -> Finding:
-    path = (
-        os.environ.get("PYTHON_JULIACALL_EXE")
-        or os.environ.get("PYTHON_JULIAPKG_EXE")
-        or shutil.which("julia")
-    )
+    path = os.environ.get("PYTHON_JULIACALL_EXE") or os.environ.get("PYTHON_JULIAPKG_EXE") or shutil.which("julia")
     if path:
         return Finding("julia", True, path)
     return Finding("julia", False, "not on the PATH; juliapkg downloads one where there is internet access")

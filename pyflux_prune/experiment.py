@@ -273,14 +273,10 @@ def check_fit(net: Network, data: Dataset, plan: Plan, done: int = 0) -> None:
                 )
     steps = plan.training.epochs * steps_per_epoch(len(data.y_train), plan.training)
     if isinstance(plan.finetune, Rewind) and plan.finetune.to > steps:
-        raise InvalidInput(
-            f"finetune must rewind to one of the {steps} training steps, not {plan.finetune.to}"
-        )
+        raise InvalidInput(f"finetune must rewind to one of the {steps} training steps, not {plan.finetune.to}")
 
 
-def _carry_out(
-    run: Run, data: Dataset, folder: Path | None, origin: list[Layer], progress: bool | None
-) -> Run:
+def _carry_out(run: Run, data: Dataset, folder: Path | None, origin: list[Layer], progress: bool | None) -> Run:
     """Do what is left of a run; ``origin`` is what survivors restart from, once the dense network is trained."""
     plan, model = run.plan, run.network.model
 
@@ -346,9 +342,7 @@ def batch_order(n: int, seed: int, number: int, epoch: int) -> Int:
 def copies(layers: list[Layer]) -> list[Layer]:
     """Return the layers with arrays of their own."""
     return [
-        replace(
-            la, weight=la.weight.copy(), mask=la.mask.copy(), bias=None if la.bias is None else la.bias.copy()
-        )
+        replace(la, weight=la.weight.copy(), mask=la.mask.copy(), bias=None if la.bias is None else la.bias.copy())
         for la in layers
     ]
 

@@ -54,9 +54,7 @@ def progress(rounds: int, wanted: bool | None = None) -> Iterator[Tick]:
 
 def table(run: Run) -> Table:
     """Return the rounds of a run as a table to print."""
-    shown = Table(
-        title=f"{run.data}, {run.network.engine} engine, seed {run.plan.seed}", title_justify="left"
-    )
+    shown = Table(title=f"{run.data}, {run.network.engine} engine, seed {run.plan.seed}", title_justify="left")
     for heading in ("round", "sparsity", "weights kept", "accuracy", "loss", "seconds"):
         shown.add_column(heading, justify="right")
     for r in [*([run.baseline] if run.baseline else []), *run.rounds]:

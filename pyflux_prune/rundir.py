@@ -53,9 +53,7 @@ def claim(directory: str | PathLike[str]) -> Path:
         ) from error
 
 
-def write(
-    folder: Path, record: dict[str, Any], layers: Sequence[Layer], origin: Sequence[Layer] = ()
-) -> None:
+def write(folder: Path, record: dict[str, Any], layers: Sequence[Layer], origin: Sequence[Layer] = ()) -> None:
     """Write the state of a run after a whole round; a crash at any moment leaves this state or the one before."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -131,7 +131,5 @@ def test_schedules_equal_those_of_julia(schedule: fp.OneShot) -> None:
     from pyflux_prune.engines import julia
 
     main = julia.start()
-    theirs = main.PrunableFlux.sparsities(
-        getattr(main.PrunableFlux, type(schedule).__name__)(**asdict(schedule))
-    )
+    theirs = main.PrunableFlux.sparsities(getattr(main.PrunableFlux, type(schedule).__name__)(**asdict(schedule)))
     assert list(theirs) == pytest.approx(choices.sparsities(schedule), rel=1e-15)

@@ -512,7 +512,9 @@ CLASSES = {name: [9, 0, i][:n] for i, (name, n) in enumerate(CIFAR.items())}
 
 def batch(name: str, **change: object) -> bytes:
     entries: dict[str, object] = {
-        "batch_label": name.encode(), "labels": CLASSES[name], "data": PIXELS[name],
+        "batch_label": name.encode(),
+        "labels": CLASSES[name],
+        "data": PIXELS[name],
         "filenames": [b"leptodactylus_pentadactylus_s_%06d.png" % i for i in range(CIFAR[name])],
     }
     return python2_pickle({key.encode(): value for key, value in {**entries, **change}.items()})

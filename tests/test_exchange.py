@@ -203,9 +203,7 @@ def test_making_a_module_leaves_the_random_state_alone() -> None:
 @pytest.mark.parametrize("make", [make_module, make_pruned_module])
 def test_a_state_dict_gives_the_layers_of_its_module(make: Callable[[], nn.Sequential]) -> None:
     module = make()
-    assert_same_layers(
-        layers_from_state_dict(module.state_dict(), activation="tanh"), layers_from_module(module)
-    )
+    assert_same_layers(layers_from_state_dict(module.state_dict(), activation="tanh"), layers_from_module(module))
 
 
 @pytest.mark.parametrize("make", [make_module, make_pruned_module])
@@ -237,9 +235,7 @@ def test_a_state_dict_is_read_in_the_order_of_its_numbers() -> None:
 
 def test_the_state_dict_of_nested_sequentials_is_read() -> None:
     module = nn.Sequential(nn.Sequential(nn.Linear(7, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 2)))
-    assert_same_layers(
-        layers_from_state_dict(module.state_dict(), activation="relu"), layers_from_module(module)
-    )
+    assert_same_layers(layers_from_state_dict(module.state_dict(), activation="relu"), layers_from_module(module))
 
 
 # --- what is refused -------------------------------------------------------------------------------------

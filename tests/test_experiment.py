@@ -25,9 +25,7 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 def numbers(run: fp.Run) -> list[tuple[object, ...]]:
     assert run.baseline is not None
-    return [
-        (r.round, r.sparsity, r.accuracy, r.loss, r.nonzero, r.layers) for r in (run.baseline, *run.rounds)
-    ]
+    return [(r.round, r.sparsity, r.accuracy, r.loss, r.nonzero, r.layers) for r in (run.baseline, *run.rounds)]
 
 
 def test_a_run_reports_every_round(engine: str, blobs: Dataset) -> None:
@@ -144,9 +142,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(
 ) -> None:
     def begin(out: Path) -> fp.Run:
         net = fp.mlp([6, 12, 3], engine=engine)
-        return fp.iterative_prune(
-            net, blobs, schedule=[0.3, 0.5, 0.8], finetune=finetune, training=QUICK, out=out
-        )  # type: ignore[arg-type]
+        return fp.iterative_prune(net, blobs, schedule=[0.3, 0.5, 0.8], finetune=finetune, training=QUICK, out=out)  # type: ignore[arg-type]
 
     whole = begin(tmp_path / "whole")
     writes = []

@@ -215,9 +215,7 @@ def test_unusable_layers_are_not_written(tmp_path: Path, change: dict[str, Any],
         (network([2, 2, 2])[:1] * 2, "layer names must differ, but '0' occurs twice"),
     ],
 )
-def test_layers_that_make_no_network_are_not_written(
-    tmp_path: Path, layers: list[Layer], message: str
-) -> None:
+def test_layers_that_make_no_network_are_not_written(tmp_path: Path, layers: list[Layer], message: str) -> None:
     refuses_to_write(tmp_path, message, layers)
 
 

@@ -42,9 +42,7 @@ assert run.rounds[0].accuracy > 0.5
 @pytest.mark.julia
 @pytest.mark.parametrize("first", ["import torch", "import juliacall", ""])
 def test_torch_and_julia_live_together_in_either_order(first: str) -> None:
-    use_torch = (
-        "import torch\nlinear = torch.nn.Linear(500, 500)\nlinear(torch.rand(500, 500)).sum().backward()\n"
-    )
+    use_torch = "import torch\nlinear = torch.nn.Linear(500, 500)\nlinear(torch.rand(500, 500)).sum().backward()\n"
     done = run_python(f"{first}\n{TRAIN}\n{use_torch}\n{TRAIN}\nprint('whole')")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "whole\n"

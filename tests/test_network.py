@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 import pyflux_prune as fp
 from pyflux_prune.engines import Layer, get_engine
 
-per_engine = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+per_engine = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def arrays(net: fp.Network) -> list[np.ndarray]:

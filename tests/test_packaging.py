@@ -61,9 +61,7 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
         "net = fp.prune(fp.mlp([4, 8, 3], engine='julia'), sparsity=0.5);"
         "print(json.dumps([fp.__file__, str(julia.start().pathof(julia.start().PrunableFlux)), net.sparsity]))"
     )
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith("PYTHON_JULIA") and k != "PYTHONPATH"
-    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON_JULIA") and k != "PYTHONPATH"}
     done = subprocess.run(
         [python, "-c", code],
         cwd=tmp_path,

@@ -21,9 +21,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.julia
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "snippet", blocks("python"), ids=lambda s: next(x for x in s.splitlines()[2:] if x)[:30]
-)
+@pytest.mark.parametrize("snippet", blocks("python"), ids=lambda s: next(x for x in s.splitlines()[2:] if x)[:30])
 def test_python_snippets_run(snippet: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=300
@@ -46,9 +44,7 @@ def test_the_commands_are_the_ones_that_are_tested() -> None:
     """.ci/run runs both in fresh environments; here, that they mean what they say."""
     install_and_run, install_and_test = (b.strip() for b in blocks("bash"))
     assert install_and_run == "python -m pip install -c tests/constraints.txt . && pyflux-prune run"
-    assert install_and_test == (
-        'python -m pip install -c tests/constraints.txt -e ".[test]" && python -m pytest'
-    )
+    assert install_and_test == ('python -m pip install -c tests/constraints.txt -e ".[test]" && python -m pytest')
     assert (ROOT / "tests" / "constraints.txt").is_file()
 
 

@@ -72,8 +72,7 @@ def with_weights(layers: Sequence[Layer], values: npt.NDArray[Any]) -> list[Laye
     """The layers with these values as weights, taken in the order layer, output, input."""
     parts = np.split(values.astype(np.float32), np.cumsum([layer.weight.size for layer in layers])[:-1])
     return [
-        replace(layer, weight=part.reshape(layer.weight.shape))
-        for layer, part in zip(layers, parts, strict=True)
+        replace(layer, weight=part.reshape(layer.weight.shape)) for layer, part in zip(layers, parts, strict=True)
     ]
 
 
@@ -238,9 +237,7 @@ def test_gradients_are_those_of_the_masked_product() -> None:
 
     loss, gradients = model.loss_and_gradients(x, y)
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    for layer, weight, bias, (in_weight, in_bias) in zip(
-        model.layers(), weights, biases, gradients, strict=True
-    ):
+    for layer, weight, bias, (in_weight, in_bias) in zip(model.layers(), weights, biases, gradients, strict=True):
         assert_close(in_weight, weight.grad, rtol=1e-4, atol=1e-6)
         assert_close(in_bias, bias.grad, rtol=1e-4, atol=1e-6)
         assert not in_weight[~layer.mask].any()

@@ -82,9 +82,7 @@ def test_a_difference_is_found(blobs: Dataset, monkeypatch: pytest.MonkeyPatch) 
     import sys
 
     module = sys.modules["pyflux_prune.crosscheck"]
-    monkeypatch.setattr(
-        module, "get_engine", lambda name: {"right": TorchEngine, "wrong": WrongEngine}[name]()
-    )
+    monkeypatch.setattr(module, "get_engine", lambda name: {"right": TorchEngine, "wrong": WrongEngine}[name]())
     result = fp.crosscheck(
         fp.mlp([6, 12, 3], engine="torch"), blobs, schedule=[0.5], training=QUICK, engines=("right", "wrong")
     )
