@@ -1,5 +1,6 @@
 """The four axes, the optimisers and the training options, as frozen dataclasses.
 
+An axis is a base class and a choice one of its subclasses: a new choice is known by its name everywhere.
 Every class has the name and the fields of its Julia struct (a trailing underscore, as in ``lambda_``, is
 dropped on the way), so that one conversion serves them all. Values are checked when an object is made.
 """
@@ -53,6 +54,14 @@ def check_count(name: str, value: object, low: int, *, below: int | None = None)
     raise InvalidInput(f"{name} must be a whole number of at least {low}{limit}, not {value!r}")
 
 
+def check_choice(name: str, value: object, *kinds: type) -> None:
+    """Raise InvalidInput unless ``value`` is an instance of one of ``kinds``, or a choice on such an axis."""
+    allowed = [c for kind in kinds for c in kind.__subclasses__() or [kind]]
+    if not isinstance(value, tuple(allowed)):
+        names = " or ".join("None" if c is type(None) else c.__name__ for c in allowed)
+        raise InvalidInput(f"{name} must be {names}, not {value!r}")
+
+
 def _check(owner: object, **checks: Callable[[str, Any], Any]) -> None:
     """Check the named fields of a frozen dataclass and store what the checks return."""
     for name, check in checks.items():
@@ -88,12 +97,17 @@ def _each(rule: Callable[..., float], *values: Sparsity) -> Sparsity:
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Saliency:
+    """How much does a weight matter?"""
+
+
+@dataclass(frozen=True)
+class Magnitude(Saliency):
     """Score \\|w\\| (Janowsky 1989; Han et al. 2015, arXiv:1506.02626)."""
 
 
 @dataclass(frozen=True)
-class RandomSaliency:
+class RandomSaliency(Saliency):
     """Score uniform on [0, 1): the baseline. The same ``seed`` gives the same scores on the same engine."""
 
     seed: int = 0
@@ -103,22 +117,23 @@ class RandomSaliency:
         _check(self, seed=lambda name, value: check_count(name, value, 0, below=2**63))
 
 
-Saliency = Magnitude | RandomSaliency
-
 # --- axis 2: structure -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Global:
+class Structure:
+    """What competes with what, and what goes together?"""
+
+
+@dataclass(frozen=True)
+class Global(Structure):
     """All prunable weights of the network compete with each other."""
 
 
 @dataclass(frozen=True)
-class Layerwise:
+class Layerwise(Structure):
     """Weights compete within their layer; a sparsity may then be one number, or one per layer."""
 
-
-Structure = Global | Layerwise
 
 # --- axis 3: schedule ------------------------------------------------------------------------------------
 
@@ -232,12 +247,17 @@ def sparsities(schedule: Schedule) -> list[Sparsity]:
 
 
 @dataclass(frozen=True)
-class Continue:
+class Restart:
+    """What do the survivors restart from?"""
+
+
+@dataclass(frozen=True)
+class Continue(Restart):
     """The survivors keep their trained values and are trained on (Han et al. 2015)."""
 
 
 @dataclass(frozen=True)
-class Rewind:
+class Rewind(Restart):
     """The survivors go back to their values after ``to`` training steps; 0 is the initialisation.
 
     Frankle & Carbin 2019 (``to=0``); late rewinding: Frankle et al. 2020, arXiv:1912.05671.
@@ -251,11 +271,11 @@ class Rewind:
 
 
 @dataclass(frozen=True)
-class Reinitialize:
+class Reinitialize(Restart):
     """The survivors start from new random values; biases and all else from their initial ones."""
 
 
-FineTune = Continue | Rewind | Reinitialize | None
+FineTune = Restart | None
 """``None``: prune without training again."""
 
 # --- training --------------------------------------------------------------------------------------------
@@ -278,7 +298,7 @@ _RULE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Optimiser:
     """An optimiser with the name and fields of its rule in Optimisers.jl."""
 
     def __post_init__(self) -> None:
@@ -287,14 +307,14 @@ class _Rule:
 
 
 @dataclass(frozen=True)
-class Descent(_Rule):
+class Descent(Optimiser):
     """Gradient descent: w ← w − η·g."""
 
     eta: float = 0.1
 
 
 @dataclass(frozen=True)
-class Momentum(_Rule):
+class Momentum(Optimiser):
     """Gradient descent with momentum ρ."""
 
     eta: float = 0.01
@@ -302,7 +322,7 @@ class Momentum(_Rule):
 
 
 @dataclass(frozen=True)
-class Nesterov(_Rule):
+class Nesterov(Optimiser):
     """Gradient descent with Nesterov momentum ρ."""
 
     eta: float = 0.001
@@ -310,7 +330,7 @@ class Nesterov(_Rule):
 
 
 @dataclass(frozen=True)
-class RMSProp(_Rule):
+class RMSProp(Optimiser):
     """RMSProp with decay ρ (not centred)."""
 
     eta: float = 0.001
@@ -319,7 +339,7 @@ class RMSProp(_Rule):
 
 
 @dataclass(frozen=True)
-class Adam(_Rule):
+class Adam(Optimiser):
     """Adam (Kingma & Ba 2015, arXiv:1412.6980)."""
 
     eta: float = 0.001
@@ -328,7 +348,7 @@ class Adam(_Rule):
 
 
 @dataclass(frozen=True)
-class AdamW(_Rule):
+class AdamW(Optimiser):
     """Adam with decoupled weight decay λ, w ← w − η·λ·w (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
     λ is 0.01 by default, as in PyTorch; Optimisers.jl's default is 0.
@@ -338,9 +358,6 @@ class AdamW(_Rule):
     beta: tuple[float, float] = (0.9, 0.999)
     lambda_: float = 0.01
     epsilon: float = 1e-8
-
-
-Optimiser = Descent | Momentum | Nesterov | RMSProp | Adam | AdamW
 
 
 @dataclass(frozen=True)
@@ -361,17 +378,13 @@ class Training:
     def __post_init__(self) -> None:
         """Check the fields."""
         _check(self, epochs=lambda name, value: check_count(name, value, 0), batchsize=_rounds)
-        if not isinstance(self.optimiser, _Rule):
-            raise InvalidInput(
-                "Training: optimiser must be Descent, Momentum, Nesterov, RMSProp, Adam or AdamW, "
-                f"not {self.optimiser!r}"
-            )
+        check_choice("Training's optimiser", self.optimiser, Optimiser)
 
 
 # --- by name ---------------------------------------------------------------------------------------------
 
-SALIENCIES: dict[str, Callable[[], Saliency]] = {"magnitude": Magnitude, "random": RandomSaliency}
-STRUCTURES: dict[str, Callable[[], Structure]] = {"global": Global, "layerwise": Layerwise}
+SALIENCIES = {c.__name__.removesuffix("Saliency").lower(): c for c in Saliency.__subclasses__()}
+STRUCTURES = {c.__name__.lower(): c for c in Structure.__subclasses__()}
 
 
 def schedule_by_name(name: str, sparsity: Sparsity | None, rounds: int | None) -> Schedule:
@@ -414,7 +427,7 @@ def to_json(choice: object) -> Any:
     if choice is None:
         return None
     return {"name": type(choice).__name__} | {
-        f.name: to_json(v) if isinstance(v := getattr(choice, f.name), _Rule) else v
+        f.name: to_json(v) if isinstance(v := getattr(choice, f.name), Optimiser) else v
         for f in fields(choice)  # type: ignore[arg-type]
     }
 
@@ -423,21 +436,10 @@ def from_json(value: Any) -> Any:
     """Return the choice that ``to_json`` wrote; InvalidInput where no such choice exists."""
     if value is None:
         return None
-    classes = {c.__name__: c for c in (*_CHOICES, *_Rule.__subclasses__())}
+    axes = (Saliency, Structure, Restart, Optimiser)
+    classes = {c.__name__: c for c in (Training, *(choice for axis in axes for choice in axis.__subclasses__()))}
     try:
         given = {k: from_json(v) if isinstance(v, dict) else v for k, v in value.items() if k != "name"}
         return classes[value["name"]](**given)
     except (AttributeError, KeyError, TypeError) as error:
         raise InvalidInput(f"{value!r} is not a choice that this version knows") from error
-
-
-_CHOICES: tuple[type, ...] = (
-    Magnitude,
-    RandomSaliency,
-    Global,
-    Layerwise,
-    Continue,
-    Rewind,
-    Reinitialize,
-    Training,
-)

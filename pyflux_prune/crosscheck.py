@@ -21,13 +21,14 @@ from .choices import (
     Sparsity,
     Structure,
     Training,
+    check_choice,
     sparsities,
 )
 from .datasets import Dataset
 from .engines import Layer, Model, get_engine
 from .engines.base import Bool, Float, Int
 from .experiment import Plan, batch_order, check_fit, copies, restart, train_round
-from .network import Network, check_choice
+from .network import Network
 
 if TYPE_CHECKING:
     from rich.table import Table

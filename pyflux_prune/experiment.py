@@ -13,20 +13,20 @@ import numpy as np
 
 from . import report, rundir
 from .choices import (
-    Continue,
     Exponential,
     FineTune,
     Global,
     Layerwise,
     Magnitude,
-    RandomSaliency,
     Reinitialize,
+    Restart,
     Rewind,
     Saliency,
     Schedule,
     Sparsity,
     Structure,
     Training,
+    check_choice,
     check_count,
     from_json,
     sparsities,
@@ -37,7 +37,7 @@ from .engines import Layer, Model, get_engine
 from .engines.base import Int
 from .errors import InvalidInput
 from .files import to_path
-from .network import Network, check_choice, glorot_uniform
+from .network import Network, glorot_uniform
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check every choice, so that nothing is trained for a plan that cannot be carried out."""
-        check_choice("saliency", self.saliency, Magnitude, RandomSaliency)
-        check_choice("structure", self.structure, Global, Layerwise)
-        check_choice("finetune", self.finetune, Continue, Rewind, Reinitialize, type(None))
+        check_choice("saliency", self.saliency, Saliency)
+        check_choice("structure", self.structure, Structure)
+        check_choice("finetune", self.finetune, Restart, type(None))
         check_choice("training", self.training, Training)
         check_count("seed", self.seed, 0)
         object.__setattr__(self, "schedule", tuple(sparsities(self.schedule)))

@@ -12,11 +12,10 @@ import numpy as np
 from . import files
 from .choices import (
     Global,
-    Layerwise,
     Magnitude,
-    RandomSaliency,
     Saliency,
     Structure,
+    check_choice,
     check_count,
     check_sparsity,
 )
@@ -192,16 +191,10 @@ def prune(
 
     """
     check_choice("net", net, Network)
-    check_choice("saliency", saliency, Magnitude, RandomSaliency)
-    check_choice("structure", structure, Global, Layerwise)
+    check_choice("saliency", saliency, Saliency)
+    check_choice("structure", structure, Structure)
     net.model.prune(saliency, check_sparsity(sparsity), structure)
     return net
-
-
-def check_choice(name: str, value: object, *kinds: type) -> None:
-    """Raise InvalidInput unless ``value`` is an instance of one of ``kinds``."""
-    if not isinstance(value, kinds):
-        raise InvalidInput(f"{name} must be {' or '.join(f'{k.__name__}' for k in kinds)}, not {value!r}")
 
 
 def to_torch(net: Network) -> torch.nn.Sequential:

@@ -61,6 +61,10 @@ def test_schedules_never_go_down_and_stay_below_one(rate: float, rounds: int, po
         (lambda: fp.Training(epochs=-1), ["epochs", "-1"]),
         (lambda: fp.Training(batchsize=0), ["batchsize", "0"]),
         (lambda: fp.Training(optimiser="adam"), ["optimiser", "'adam'"]),
+        (
+            lambda: fp.prune(fp.mlp([2, 2], engine="torch"), choices.Saliency(), sparsity=0.5),
+            ["Magnitude or Random"],
+        ),
         (lambda: fp.RandomSaliency(seed=-1), ["seed", "-1"]),
         (lambda: choices.sparsities([0.5, 0.4]), ["never go down", "0.4", "0.5"]),
         (lambda: choices.sparsities([(0.5, 0.5), (0.6, 0.4)]), ["never go down"]),

@@ -191,6 +191,7 @@ def _optimiser(rule: Optimiser, parameters: Sequence[nn.Parameter]) -> torch.opt
             return torch.optim.Adam(parameters, lr=eta, betas=beta, eps=epsilon)
         case AdamW(eta, beta, lambda_, epsilon):
             return torch.optim.AdamW(parameters, lr=eta, betas=beta, eps=epsilon, weight_decay=lambda_)
+    raise InvalidInput(f"optimiser must be one that the torch engine has, not {rule!r}")
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
