@@ -104,7 +104,11 @@ class Network:
 
     def copy(self, engine: str | None = None) -> Network:
         """Return a network of its own with the same weights and masks, on this or another engine."""
-        return Network(get_engine(engine or self.engine).build(self.layers))
+        return _build(self.layers, engine or self.engine)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let ``copy.deepcopy`` and ``pickle`` (between processes) make networks of their own."""
+        return _build, (self.layers, self.engine)
 
     def save(self, path: str | PathLike[str], *, sparse: bool = False) -> None:
         """Write a safetensors model file; with ``sparse``, only the kept values and the masks' bits.
@@ -124,12 +128,16 @@ class Network:
 
         """
         layers, _ = files.read_model(path)
-        return Network(get_engine(engine).build(layers))
+        return _build(layers, engine)
 
     def __repr__(self) -> str:
         """Return widths, density and engine."""
         widths = "–".join(str(n) for n in (self.features, *(la.weight.shape[0] for la in self.layers)))
         return f"Network({widths}, density={self.density:.3g}, engine={self.engine!r})"
+
+
+def _build(layers: Sequence[Layer], engine: str) -> Network:
+    return Network(get_engine(engine).build(layers))
 
 
 def mlp(sizes: Sequence[int], *, activation: str = "relu", seed: int = 0, engine: str = "auto") -> Network:
@@ -159,7 +167,7 @@ def mlp(sizes: Sequence[int], *, activation: str = "relu", seed: int = 0, engine
         )
         for name, act, n_in, n_out in zip(layer_names(activations), activations, widths, widths[1:], strict=False)
     ]
-    return Network(get_engine(engine).build(layers))
+    return _build(layers, engine)
 
 
 def glorot_uniform(rng: np.random.Generator, n_out: int, n_in: int) -> Float:
@@ -233,4 +241,4 @@ def from_torch(
         layers = exchange.layers_from_state_dict(module, activation=activation)
     else:
         layers = exchange.layers_from_module(module)
-    return Network(get_engine(engine).build(layers))
+    return _build(layers, engine)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -233,10 +235,12 @@ def test_saving_and_loading(engine: str, tmp_path: Path) -> None:
 
 def test_a_copy_is_independent(engine: str) -> None:
     net = fp.mlp([6, 9, 4], engine=engine)
-    other = net.copy()
-    fp.prune(other, sparsity=0.5)
-    assert net.sparsity == 0
-    assert other.sparsity == 0.5
+    for other in (net.copy(), copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert other.engine == engine
+        assert same(arrays(other), arrays(net))
+        fp.prune(other, sparsity=0.5)
+        assert net.sparsity == 0
+        assert other.sparsity == 0.5
 
 
 def test_torch_and_back(engine: str) -> None:
