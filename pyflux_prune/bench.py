@@ -50,7 +50,7 @@ class Bench:
         julia, torch = self.versions["julia"], self.versions["torch"]
         shown = Table(
             title=f"{'–'.join(map(str, self.network))}, batch {self.batch}, sparsity {self.sparsity}",
-            caption=f"Julia {julia['julia']}, {julia['threads']} threads, BLAS {julia['blas_threads']}; "
+            caption=f"Julia {julia['julia']}, {julia['threads']} threads, BLAS {julia['blas_threads']}\n"
             f"PyTorch {torch['torch']}, {torch['threads']} threads",
             title_justify="left",
             caption_justify="left",
