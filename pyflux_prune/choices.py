@@ -387,6 +387,9 @@ SALIENCIES = {c.__name__.removesuffix("Saliency").lower(): c for c in Saliency._
 STRUCTURES = {c.__name__.lower(): c for c in Structure.__subclasses__()}
 
 
+SCHEDULES = ("oneshot", "constant", "exponential", "polynomial")
+
+
 def schedule_by_name(name: str, sparsity: Sparsity | None, rounds: int | None) -> Schedule:
     """Return the schedule of this name that ends at ``sparsity`` after ``rounds``.
 
@@ -406,7 +409,7 @@ def schedule_by_name(name: str, sparsity: Sparsity | None, rounds: int | None) -
         return Constant(_each(lambda s: s / rounds, target), rounds)
     if name == "polynomial":
         return Polynomial(target, rounds)
-    raise InvalidInput(f"schedule must be one of oneshot, constant, exponential, polynomial, not {name!r}")
+    raise InvalidInput(f"schedule must be one of {', '.join(SCHEDULES)}, not {name!r}")
 
 
 def finetune_by_name(name: str) -> FineTune:

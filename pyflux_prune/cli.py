@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from . import __version__, choices
+from .engines import ACTIVATIONS, ENGINES
 from .errors import InvalidInput, PruneError
 
 
@@ -114,7 +115,7 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
             "--schedule",
             default="exponential",
             show_default=True,
-            type=click.Choice(["oneshot", "constant", "exponential", "polynomial"]),
+            type=click.Choice(choices.SCHEDULES),
             help="How much goes at each round.",
         ),
         click.option(
@@ -161,7 +162,7 @@ _ENGINE = click.option(
     "--engine",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "julia", "torch"]),
+    type=click.Choice(ENGINES),
     help="Julia, or the PyTorch reference; auto falls back to it, with a warning.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
@@ -304,7 +305,7 @@ def inspect(model: Path, as_json: bool) -> None:
 @click.option("--sparse", is_flag=True, help="Write only kept values and mask bits (safetensors).")
 @click.option(
     "--activation",
-    type=click.Choice(["identity", "relu", "tanh", "sigmoid"]),
+    type=click.Choice(ACTIVATIONS),
     help="Of the hidden layers of a .pt state dict, which does not say.",
 )
 def convert(source: Path, target: Path, sparse: bool, activation: str | None) -> None:

@@ -84,6 +84,4 @@ def _torch() -> Finding:
     try:
         return Finding("PyTorch", True, importlib.metadata.version("torch"))
     except importlib.metadata.PackageNotFoundError:
-        return Finding(
-            "PyTorch", False, "not installed; it is the reference engine", "pip install 'pyflux-prune[torch]'"
-        )
+        return Finding("PyTorch", False, "not installed; it is the reference engine", "pip install 'torch<2.14'")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pyflux_prune as fp
-from pyflux_prune.engines import get_engine
+from pyflux_prune.engines import get_engine, julia
 
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT.parent / "shared" / "data" / "mnist10k"
@@ -67,7 +67,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def run_julia(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Julia with the project that this environment's juliacall uses."""
-    main = get_engine("julia") and sys.modules["juliacall"].Main
+    main = julia.start()
     command = [
         str(main.seval("Base.julia_cmd()[1]")),
         f"--project={main.Base.active_project()}",

@@ -288,7 +288,7 @@ def test_without_torch_the_error_says_what_to_install(module: str) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1
     assert "EngineUnavailable: PyTorch cannot be imported" in run.stderr
-    assert "pip install 'pyflux-prune[torch]'" in run.stderr
+    assert "pip install 'torch<2.14'" in run.stderr
 
 
 # --- training --------------------------------------------------------------------------------------------

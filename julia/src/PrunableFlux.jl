@@ -15,7 +15,7 @@ module PrunableFlux
 
 using ChainRulesCore: ChainRulesCore, NoTangent, ProjectTo, @thunk, unthunk
 using Flux: Flux, Adam, Chain, DataLoader, Dense, glorot_uniform, logitcrossentropy, onecold, onehotbatch
-using Functors: Functors, children, fmap, isleaf
+using Functors: children, fmap, isleaf
 using MLUtils: numobs
 using NNlib: NNlib
 using Optimisers: Optimisers

@@ -45,7 +45,7 @@ try:
     from torch.nn.utils import prune
 except ImportError as error:
     raise EngineUnavailable(
-        f"PyTorch cannot be imported ({error}): install it with pip install 'pyflux-prune[torch]'"
+        f"PyTorch cannot be imported ({error}): install it with pip install 'torch<2.14'"
     ) from error
 
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
