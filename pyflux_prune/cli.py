@@ -79,6 +79,18 @@ def _finetune(ctx: click.Context, param: click.Parameter, value: str) -> choices
     return choices.finetune_by_name(value)
 
 
+def _axis(name: str, default: str, classes: dict[str, type[Any]], help: str) -> Callable[..., Any]:
+    """Return the option of an axis: one of ``classes``, with what fields it should have."""
+    return click.option(
+        f"--{name}",
+        default=default,
+        show_default=True,
+        callback=lambda ctx, param, value: choices.by_name(f"--{name}", classes, value),
+        metavar="NAME[:FIELD=VALUE,…]",
+        help=f"{help}: {', '.join(classes)}.",
+    )
+
+
 def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add the options that say which experiment to run."""
     options = [
@@ -97,33 +109,21 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
             metavar="N,N,…",
             help="Widths of the hidden layers.",
         ),
-        click.option(
-            "--saliency",
-            default="magnitude",
-            show_default=True,
-            type=click.Choice(list(choices.SALIENCIES)),
-            help="How much a weight matters.",
-        ),
-        click.option(
-            "--structure",
-            default="global",
-            show_default=True,
-            type=click.Choice(list(choices.STRUCTURES)),
-            help="What competes with what.",
-        ),
+        _axis("saliency", "magnitude", choices.SALIENCIES, "How much a weight matters"),
+        _axis("structure", "global", choices.STRUCTURES, "What competes with what"),
         click.option(
             "--schedule",
             default="exponential",
             show_default=True,
-            type=click.Choice(choices.SCHEDULES),
+            type=click.Choice(list(choices.SCHEDULES)),
             help="How much goes at each round.",
         ),
         click.option(
             "--sparsity",
             callback=_sparsity,
             metavar="S",
-            help="Share of the weights pruned in the end; with --structure layerwise also one per layer, "
-            "with commas.  [default: what is left of 20 % per round]",
+            help="Share of the weights (of the neurons, with neurons) pruned in the end; for layerwise and "
+            "peroutput also one per layer, with commas.  [default: 20 % of what is left per round]",
         ),
         click.option("--rounds", type=click.IntRange(1), help="Rounds of pruning.  [default: 12; crosscheck: 3]"),
         click.option(
@@ -131,7 +131,7 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
             default="rewind",
             show_default=True,
             callback=_finetune,
-            metavar="none|continue|rewind|rewind:STEP|reinitialize",
+            metavar=choices.FINETUNES,
             help="What survivors restart from.",
         ),
         click.option(
@@ -140,6 +140,18 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
             show_default=True,
             type=click.IntRange(0),
             help="Epochs of training in each round.",
+        ),
+        click.option(
+            "--decay",
+            default=1.0,
+            show_default=True,
+            help="The learning rate is multiplied by this after each epoch.",
+        ),
+        click.option(
+            "--pretrain/--no-pretrain",
+            default=True,
+            show_default=True,
+            help="Whether the network is trained before the first pruning.",
         ),
         click.option(
             "--seed",
@@ -169,13 +181,12 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 
 def _plan(
-    saliency: str, structure: str, schedule: str, sparsity: Any, rounds: int | None, epochs: int
+    schedule: str, sparsity: Any, rounds: int | None, epochs: int, decay: float, **others: Any
 ) -> dict[str, Any]:
-    return {
-        "saliency": choices.SALIENCIES[saliency](),
-        "structure": choices.STRUCTURES[structure](),
+    """Return what the options of ``_experiment`` mean, as arguments of ``iterative_prune``."""
+    return others | {
         "schedule": choices.schedule_by_name(schedule, sparsity, rounds),
-        "training": choices.Training(epochs=epochs),
+        "training": choices.Training(epochs=epochs, decay=decay),
     }
 
 
@@ -203,18 +214,12 @@ def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
 def run(
     data: str,
     hidden: list[int],
-    saliency: str,
-    structure: str,
-    schedule: str,
-    sparsity: Any,
-    rounds: int | None,
-    finetune: choices.FineTune,
-    epochs: int,
     seed: int,
     engine: str,
     out: Path | None,
     resume_from: Path | None,
     as_json: bool,
+    **plan: Any,
 ) -> None:
     """Train a network, prune it round by round, and report.
 
@@ -229,10 +234,9 @@ def run(
         folder = resume_from
         done = experiment.resume(folder, dataset, engine=None if engine == "auto" else engine)
     else:
-        plan = _plan(saliency, structure, schedule, sparsity, rounds, epochs)
         folder = _free_directory() if out is None else out
         net = mlp([dataset.features, *hidden, dataset.classes], seed=seed, engine=engine)
-        done = experiment.iterative_prune(net, dataset, finetune=finetune, seed=seed, out=folder, **plan)
+        done = experiment.iterative_prune(net, dataset, seed=seed, out=folder, **_plan(**plan))
     record = done.to_json()
     shown = {k: record[k] for k in ("engine", "data", "seed", "baseline", "rounds")}
     _print(as_json, shown | {"model": str(folder / "model.safetensors")}, lambda: report.table(done))
@@ -254,15 +258,11 @@ def _free_directory() -> Path:
 def crosscheck(
     data: str,
     hidden: list[int],
-    saliency: str,
-    structure: str,
     schedule: str,
-    sparsity: Any,
     rounds: int | None,
-    finetune: choices.FineTune,
-    epochs: int,
     seed: int,
     as_json: bool,
+    **plan: Any,
 ) -> None:
     """Run the same experiment in Julia and in PyTorch, and show the differences.
 
@@ -277,9 +277,8 @@ def crosscheck(
     dataset = datasets.load(data)
     if rounds is None and schedule != "oneshot":
         rounds = 3
-    plan = _plan(saliency, structure, schedule, sparsity, rounds, epochs)
     net = mlp([dataset.features, *hidden, dataset.classes], seed=seed, engine="torch")
-    result = check(net, dataset, finetune=finetune, seed=seed, **plan)
+    result = check(net, dataset, seed=seed, **_plan(schedule, rounds=rounds, **plan))
     shown = {"ok": result.ok, "differences": [asdict(d) | {"ok": d.ok} for d in result.differences]}
     _print(as_json, shown, result.table)
     sys.exit(0 if result.ok else 1)
@@ -308,9 +307,12 @@ def inspect(model: Path, as_json: bool) -> None:
     type=click.Choice(ACTIVATIONS),
     help="Of the hidden layers of a .pt state dict, which does not say.",
 )
-def convert(source: Path, target: Path, sparse: bool, activation: str | None) -> None:
+@click.option("--compact", is_flag=True, help="Leave out the neurons that do nothing, on the engine.")
+@_ENGINE
+def convert(source: Path, target: Path, sparse: bool, activation: str | None, compact: bool, engine: str) -> None:
     """Convert a model file: .safetensors, dense or --sparse, or .pt, a PyTorch state dict."""
     from . import exchange, files
+    from .engines import get_engine
 
     kinds = (".safetensors", ".pt")
     for name, path in (("IN", source), ("OUT", target)):
@@ -322,6 +324,8 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None) ->
         layers = exchange.read_state_dict(source, activation=activation)
     else:
         layers, _ = files.read_model(source)
+    if compact:
+        layers = get_engine(engine).build(layers).compact().layers()
     if target.suffix == ".pt":
         exchange.write_state_dict(target, layers)
     else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,11 @@ from .choices import (
     Exponential,
     FineTune,
     Global,
+    Layerwise,
     Magnitude,
-    RandomSaliency,
     Rewind,
     Saliency,
-    Schedule,
+    Sparsities,
     Sparsity,
     Structure,
     Training,
@@ -26,22 +26,29 @@ from .choices import (
 )
 from .datasets import Dataset
 from .engines import Layer, Model, get_engine
-from .engines.base import Bool, Float, Int
+from .engines.base import Bool, Float, Int, Scores
 from .experiment import Plan, batch_order, check_fit, copies, restart, train_round
 from .network import Network
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-FORWARD, LOSS, GRADIENT, STEPS, WEIGHTS, SCORES, ACCURACY = 1e-5, 1e-5, 1e-4, 1e-4, 1e-4, 1e-6, 0.02
+FORWARD, LOSS, GRADIENT, STEPS, WEIGHTS, SCORES, PRUNED, ACCURACY = 1e-5, 1e-5, 1e-4, 1e-4, 1e-4, 1e-6, 1e-6, 0.02
 """Tolerances: relative, but for accuracy, which is absolute; masks must be identical."""
 
-Array = Float | None
+Array = Float | Scores | None
 
 FIRST_STEPS = 100
 """How many training steps of each round are compared one by one; further on, rounding errors grow."""
 
 STEPS_PER_TURN = 10
+
+KINK = 1e-5
+"""How near to 0 an input of a ReLU, relative to the layer's largest, leaves a sample out of comparing derivatives.
+
+There rounding decides which of two slopes an engine takes. One such sample in a hundred steps is enough to let
+weights drift apart by some 1e-3; without them they stay together to some 1e-6.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,18 +103,21 @@ def crosscheck(
     *,
     saliency: Saliency = Magnitude(),
     structure: Structure = Global(),
-    schedule: Schedule = Exponential(rate=0.2, rounds=3),
+    schedule: Sparsities = Exponential(rate=0.2, rounds=3),
     finetune: FineTune = Rewind(),
     training: Training = Training(epochs=3),
     seed: int = 0,
+    pretrain: bool = True,
     engines: tuple[str, str] = ("julia", "torch"),
 ) -> CrossCheck:
     """Run an experiment on both engines and compare it step by step; ``net`` itself is left as it is.
 
     In each round: forward pass, loss and gradients on the test set; the weights and losses of the first 100
-    training steps; accuracy after training; then, from the weights of the first engine, scores and masks. The
-    masks of ``Magnitude`` are also compared with those of ``torch.nn.utils.prune.l1_unstructured`` and
-    ``global_unstructured``. A saliency that is random is not compared: both engines take the masks of the first.
+    training steps; accuracy after training; then, from the weights of the first engine, what ``compact`` makes of
+    them, scores, masks, and weights after pruning. Gradients and steps leave out the samples that come within
+    rounding of the kink of a ReLU. The masks of ``Magnitude()`` are also compared with those of
+    ``torch.nn.utils.prune.l1_unstructured`` and ``global_unstructured``. A saliency that is random is not
+    compared: both engines take the masks of the first.
 
     Args:
         net: the network to begin with.
@@ -118,6 +128,7 @@ def crosscheck(
         finetune: as for ``iterative_prune``.
         training: as for ``iterative_prune``.
         seed: as for ``iterative_prune``.
+        pretrain: as for ``iterative_prune``.
         engines: the two to compare.
 
     Raises:
@@ -126,8 +137,7 @@ def crosscheck(
 
     """
     check_choice("net", net, Network)
-    check_choice("data", data, Dataset)
-    plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, seed)
+    plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, seed, pretrain)
     check_fit(net, data, plan)
     ours, theirs = (get_engine(name).build(net.layers) for name in engines)
     result = CrossCheck()
@@ -138,18 +148,20 @@ def crosscheck(
             result.differences.append(Difference(number, quantity, float(value), tolerance))
 
         if number:
-            _compare_pruning(ours, theirs, plan, plan.schedule[number - 1], compare)
+            _compare_pruning(ours, theirs, data, plan, plan.schedule[number - 1], compare)
             restart(ours, plan, origin, number)
             theirs.load(ours.layers())
         _compare_functions(ours, theirs, data, compare)
-        if number == 0 or plan.finetune is not None:
+        start = copies(ours.layers())
+        if plan.trains(number):
             _compare_steps(ours, theirs, data, plan, number, compare)
             start = train_round(ours, data, plan, number)
             train_round(theirs, data, plan, number)
-            origin = start if number == 0 else origin
+        origin = origin if number else start
         accuracies = [m.evaluate(data.x_test, data.y_test)[1] for m in (ours, theirs)]
         compare("accuracy", abs(accuracies[0] - accuracies[1]), ACCURACY)
         theirs.load(ours.layers())
+        _compare_compact(ours, theirs, data, compare)
     return result
 
 
@@ -157,8 +169,10 @@ Compare = Callable[[str, float, float], None]
 
 
 def _compare_functions(ours: Model, theirs: Model, data: Dataset, compare: Compare) -> None:
-    x, y = data.x_test, data.y_test
+    x = data.x_test
     compare("forward", apart([ours.forward(x)], [theirs.forward(x)]), FORWARD)
+    away = off_kinks(ours, x)
+    x, y = x[away], data.y_test[away]
     (loss, gradients), (their_loss, their_gradients) = (
         ours.loss_and_gradients(x, y),
         theirs.loss_and_gradients(x, y),
@@ -168,20 +182,29 @@ def _compare_functions(ours: Model, theirs: Model, data: Dataset, compare: Compa
     compare("gradients", apart(flat, their_flat), GRADIENT)
 
 
+def _compare_compact(ours: Model, theirs: Model, data: Dataset, compare: Compare) -> None:
+    """Compare what ``compact`` makes of the same network with that network, and in shape with each other."""
+    small = [model.compact() for model in (ours, theirs)]
+    shapes, their_shapes = ([la.weight.shape for la in model.layers()] for model in small)
+    outputs = [model.forward(data.x_test) for model in small]
+    distance = apart(outputs, [ours.forward(data.x_test)] * 2) if shapes == their_shapes else np.inf
+    compare("compact network", distance, FORWARD)
+
+
 def _compare_steps(ours: Model, theirs: Model, data: Dataset, plan: Plan, number: int, compare: Compare) -> None:
     """Take the first training steps on both engines, one by one, and go back to where they began."""
-    began, size = copies(ours.layers()), plan.training.batchsize
-    orders = (batch_order(len(data.y_train), plan.seed, number, epoch) for epoch in range(plan.training.epochs))
-    batches = (order[at : at + size] for order in orders for at in range(0, len(order), size))
+    began, steps = copies(ours.layers()), islice(_steps(len(data.y_train), plan, number), FIRST_STEPS)
     for model in (ours, theirs):
         model.start(plan.training.optimiser)
     weights, losses = 0.0, 0.0
-    first = islice(batches, FIRST_STEPS)
     # In turns of several steps: the idle threads of one engine slow the other down for a while.
-    while turn := list(islice(first, STEPS_PER_TURN)):
-        before = [_step(ours, data, part) for part in turn]
-        for part, (loss, arrays) in zip(turn, before, strict=True):
-            their_loss, their_arrays = _step(theirs, data, part)
+    while turn := list(islice(steps, STEPS_PER_TURN)):
+        taken = []
+        for eta, batch in turn:
+            part = batch[off_kinks(ours, data.x_train[batch])]
+            taken.append((eta, part, *_step(ours, data, eta, part)))
+        for eta, part, loss, arrays in taken:
+            their_loss, their_arrays = _step(theirs, data, eta, part)
             losses = _worst(losses, abs(loss - their_loss) / abs(their_loss))
             weights = _worst(weights, apart(arrays, their_arrays))
     compare("loss of each step", losses, STEPS)
@@ -190,28 +213,64 @@ def _compare_steps(ours: Model, theirs: Model, data: Dataset, plan: Plan, number
         model.load(began)
 
 
-def _step(model: Model, data: Dataset, part: Int) -> tuple[float, list[Array]]:
+def off_kinks(model: Model, x: Float) -> Bool:
+    """Return which samples, (samples,), come near the kink of no ReLU, or all of them if each does.
+
+    At 0 itself, as in a neuron without weights, both engines take the same slope.
+    """
+    layers, engine = model.layers(), get_engine(model.engine)
+    away = np.ones(len(x), bool)
+    for k, layer in enumerate(layers):
+        if layer.activation == "relu":
+            inputs = np.abs(engine.build([*layers[:k], replace(layer, activation="identity")]).forward(x))
+            away &= ~((inputs > 0) & (inputs < KINK * inputs.max())).any(1)
+    return away | ~away.any()
+
+
+def _steps(n: int, plan: Plan, number: int) -> Iterator[tuple[float, Int]]:
+    """Yield the learning rate and the batch of each training step of a round."""
+    size = plan.training.batchsize
+    for epoch in range(plan.training.epochs):
+        order = batch_order(n, plan.seed, number, epoch)
+        for at in range(0, n, size):
+            yield plan.eta(number, epoch), order[at : at + size]
+
+
+def _step(model: Model, data: Dataset, eta: float, part: Int) -> tuple[float, list[Array]]:
     """Take one training step; return the loss before it, and the weights and biases after it."""
+    model.adjust(eta)
     loss = float(model.train(data.x_train, data.y_train, part, len(part))[0])
-    return loss, [array for la in copies(model.layers()) for array in (la.weight, la.bias)]
+    return loss, _parameters(copies(model.layers()))
 
 
-def _compare_pruning(ours: Model, theirs: Model, plan: Plan, sparsity: Sparsity, compare: Compare) -> None:
-    before = copies(ours.layers())
-    random = isinstance(plan.saliency, RandomSaliency)
-    if not random:
-        compare("scores", apart(ours.scores(plan.saliency), theirs.scores(plan.saliency)), SCORES)
-        theirs.prune(plan.saliency, sparsity, plan.structure)
-    ours.prune(plan.saliency, sparsity, plan.structure)
-    masks = [la.mask for la in ours.layers()]
-    if not random:
-        compare("masks", _entries_apart(masks, [la.mask for la in theirs.layers()]), 0)
-    if isinstance(plan.saliency, Magnitude):
+def _parameters(layers: Sequence[Layer]) -> list[Array]:
+    return [array for la in layers for array in (la.weight, la.bias)]
+
+
+def _compare_pruning(
+    ours: Model, theirs: Model, data: Dataset, plan: Plan, sparsity: Sparsity, compare: Compare
+) -> None:
+    before, samples = copies(ours.layers()), (data.x_train, data.y_train)
+    models = (ours,) if plan.saliency.random else (ours, theirs)
+    scores = [_that_count(m.scores(plan.saliency, samples), before) for m in models]
+    for model in models:
+        model.prune(plan.saliency, sparsity, plan.structure, samples)
+    masks, *their_masks = [[la.mask for la in m.layers()] for m in models]
+    if not plan.saliency.random:
+        compare("scores", apart(*scores), SCORES)
+        compare("masks", _entries_apart(masks, *their_masks), 0)
+        compare("weights after pruning", apart(*(_parameters(m.layers()) for m in models)), PRUNED)
+    if plan.saliency == Magnitude() and plan.structure in (Global(), Layerwise()):
         compare(
             "masks of torch.nn.utils.prune",
             _entries_apart(masks, torch_masks(before, sparsity, plan.structure)),
             0,
         )
+
+
+def _that_count(scores: Sequence[Scores], layers: Sequence[Layer]) -> list[Scores]:
+    """Return the scores of neurons, or those of kept weights."""
+    return [s if s.ndim == 1 else s[la.mask] for s, la in zip(scores, layers, strict=True)]
 
 
 def torch_masks(layers: Sequence[Layer], sparsity: Sparsity, structure: Structure) -> list[Bool]:
@@ -246,10 +305,15 @@ def _worst(a: float, b: float) -> float:
 
 
 def apart(a: Sequence[Array], b: Sequence[Array]) -> float:
-    """Return how far arrays are apart: the largest ‖a − b‖ ÷ ‖b‖, in the Euclidean norm, of all pairs."""
+    """Return how far arrays are apart: the largest ‖a − b‖ ÷ ‖b‖, in the Euclidean norm, of all pairs.
+
+    Infinities must be the same in both, and do not count then.
+    """
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         if x is not None and y is not None:
-            distance, size = float(np.linalg.norm(x.astype(np.float64) - y)), float(np.linalg.norm(y))
-            worst = _worst(worst, distance / size if size else distance)
+            one, other = x.astype(np.float64), y.astype(np.float64)
+            difference = np.subtract(one, other, where=one != other, out=np.zeros_like(one))
+            distance, size = np.linalg.norm(difference), np.linalg.norm(other[np.isfinite(other)])
+            worst = _worst(worst, float(distance / size if size else distance))
     return worst

@@ -17,3 +17,7 @@ class EngineUnavailable(PruneError, RuntimeError):
 
 class Diverged(PruneError, ArithmeticError):
     """A training loss became infinite or NaN; the network is as it was before that step."""
+
+
+class LayerCollapse(UserWarning):
+    """Pruning left no weight in a layer."""

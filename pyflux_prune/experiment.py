@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,21 +16,26 @@ import numpy as np
 
 from . import report, rundir
 from .choices import (
+    Choice,
+    Continue,
+    EdgePopup,
     Exponential,
     FineTune,
     Global,
-    Layerwise,
     Magnitude,
+    Movement,
     Reinitialize,
     Restart,
     Rewind,
     Saliency,
-    Schedule,
+    Sparsities,
     Sparsity,
     Structure,
     Training,
     check_choice,
     check_count,
+    check_match,
+    flag,
     from_json,
     sparsities,
     to_json,
@@ -35,14 +43,26 @@ from .choices import (
 from .datasets import Dataset
 from .engines import Layer, Model, get_engine
 from .engines.base import Int
-from .errors import InvalidInput
-from .files import to_path
-from .network import Network, glorot_uniform
+from .errors import InvalidInput, LayerCollapse
+from .files import naming, to_path
+from .network import Network, check_dataset, glorot_uniform
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an experiment does: a choice on each axis, how to train, and the seed of batches and new weights."""
+    """What an experiment does: a choice on each axis, how to train, and the seed of batches and new weights.
+
+    Attributes:
+        saliency: how much a weight matters.
+        structure: what competes with what.
+        schedule: the target sparsity of each round.
+        finetune: what the survivors restart from.
+        training: how each round is trained.
+        seed: of the order of the batches, and of new weights.
+        pretrain: whether the network is trained before round 1.
+        every: steps between prunings, where all rounds are parts of one training; None where each has its own.
+
+    """
 
     saliency: Saliency
     structure: Structure
@@ -50,20 +70,53 @@ class Plan:
     finetune: FineTune
     training: Training
     seed: int
+    pretrain: bool = True
+    every: int | None = None
 
     def __post_init__(self) -> None:
         """Check every choice, so that nothing is trained for a plan that cannot be carried out."""
         check_choice("saliency", self.saliency, Saliency)
         check_choice("structure", self.structure, Structure)
+        check_match(self.saliency, self.structure)
         check_choice("finetune", self.finetune, Restart, type(None))
         check_choice("training", self.training, Training)
-        check_count("seed", self.seed, 0)
-        object.__setattr__(self, "schedule", tuple(sparsities(self.schedule)))
+        checked = {
+            "schedule": tuple(sparsities(self.schedule)),
+            "seed": check_count("seed", self.seed, 0),
+            "pretrain": flag("pretrain", self.pretrain),
+            "every": None if self.every is None else check_count("every", self.every, 1),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if not self.pretrain and isinstance(self.finetune, Rewind) and self.finetune.to:
+            raise InvalidInput(f"finetune must be Rewind(to=0) where pretrain is False, not {self.finetune!r}")
+        if isinstance(self.saliency, EdgePopup):
+            scored = [max(s) if isinstance(s, tuple) else s for s in self.schedule[:-1]]
+            if any(s > self.saliency.sparsity for s in scored):
+                raise InvalidInput(
+                    f"EdgePopup's sparsity must be at least that of the last network it scores, {scored[-1]:g}, "
+                    f"not {self.saliency.sparsity:g}"
+                )
+
+    @property
+    def beginning(self) -> str:
+        """What the network of round 0 is."""
+        return "dense" if self.pretrain else "untrained"
+
+    def trains(self, number: int) -> bool:
+        """Return whether a round trains the network."""
+        return self.pretrain if number == 0 else self.finetune is not None
+
+    def eta(self, number: int, epoch: int) -> float:
+        """Return the learning rate of an epoch of a round; ``Continue`` stays where the first training ended."""
+        first = 0 if self.pretrain else 1
+        stays = isinstance(self.finetune, Continue) and number > first
+        return self.training.eta(self.training.epochs - 1 if stays else epoch)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v if k in ("schedule", "seed") else to_json(v) for k, v in values.items()}
+        return {k: to_json(v) if isinstance(v, Choice) else v for k, v in values.items()}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Plan:
@@ -72,7 +125,7 @@ class Plan:
             given = {f.name: value[f.name] for f in fields(Plan)}
         except (KeyError, TypeError) as error:
             raise InvalidInput(f"the plan of a run must be an object with {error}") from error
-        return Plan(**{k: v if k in ("schedule", "seed") else from_json(v) for k, v in given.items()})
+        return Plan(**{k: from_json(v) if isinstance(v, dict) else v for k, v in given.items()})
 
 
 @dataclass(frozen=True)
@@ -85,10 +138,10 @@ class LayerDensity:
 
 @dataclass(frozen=True)
 class Round:
-    """The network at the end of a round; round 0 is the dense one.
+    """The network at the end of a round; round 0 comes before the first pruning.
 
     Attributes:
-        round: 0 for the dense network, then 1, 2, ….
+        round: 0 before the first pruning, then 1, 2, ….
         sparsity: pruned ÷ all prunable weights.
         accuracy: share of test samples classified correctly.
         loss: mean cross-entropy on the test set.
@@ -117,7 +170,7 @@ class Run:
         plan: the choices.
         parameters: weights and biases of the dense network.
         versions: of everything the numbers depend on.
-        baseline: the trained dense network, round 0; None until it is trained.
+        baseline: round 0, the network before the first pruning; None until that is done.
         rounds: the rounds that are done.
 
     """
@@ -129,6 +182,13 @@ class Run:
     versions: dict[str, Any]
     baseline: Round | None = None
     rounds: list[Round] = field(default_factory=list)
+
+    def add(self, done: Round) -> None:
+        """Add the round that is done."""
+        if done.round:
+            self.rounds.append(done)
+        else:
+            self.baseline = done
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the weights as JSON values: what ``run.json`` holds."""
@@ -185,10 +245,11 @@ def iterative_prune(
     *,
     saliency: Saliency = Magnitude(),
     structure: Structure = Global(),
-    schedule: Schedule = Exponential(rate=0.2, rounds=12),
+    schedule: Sparsities = Exponential(rate=0.2, rounds=12),
     finetune: FineTune = Rewind(),
     training: Training = Training(),
     seed: int = 0,
+    pretrain: bool = True,
     out: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Run:
@@ -196,13 +257,15 @@ def iterative_prune(
 
     Args:
         net: the network; it is trained and pruned in place.
-        data: what to train on, and to test on after each round.
+        data: what to train on, and to test on after each round; criteria that need data get all training samples.
         saliency: how much a weight matters.
         structure: what competes with what.
         schedule: how much goes at each round; any list of sparsities will do.
         finetune: what the survivors restart from; None prunes without training again.
         training: how each round is trained; every round begins with an empty optimiser memory.
         seed: of the order of the batches, and of new weights for ``Reinitialize``.
+        pretrain: False prunes the network as it is, and trains it only then: for ``SNIP``, ``GraSP``, ``SynFlow``
+            and ``EdgePopup``, which score initial weights.
         out: a new or empty directory; after each round it holds the run so far, and ``resume`` goes on from it.
         progress: show a progress bar on stderr; by default, where that is a terminal.
 
@@ -214,20 +277,16 @@ def iterative_prune(
         Diverged: a training loss is not finite. Rounds that were done are in ``out``.
 
     """
-    check_choice("net", net, Network)
-    check_choice("data", data, Dataset)
-    plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, seed)
-    check_fit(net, data, plan)
+    plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, seed, pretrain)
+    run = begin(net, data, plan)
     folder = None if out is None else rundir.claim(out)
-    parameters = sum(la.weight.size + (0 if la.bias is None else la.bias.size) for la in net.layers)
-    run = Run(net, data.name, plan, parameters, get_engine(net.engine).versions())
     return _carry_out(run, data, folder, [], progress)
 
 
 def resume(
     directory: str | PathLike[str], data: Dataset, *, engine: str | None = None, progress: bool | None = None
 ) -> Run:
-    """Go on with a run that was cut short, from its last whole round, to the numbers it would have had.
+    """Go on with a run of ``iterative_prune`` that was cut short, to the numbers it would have had.
 
     Args:
         directory: the ``out`` of the run.
@@ -240,89 +299,121 @@ def resume(
 
     """
     folder = to_path(directory, "directory")
+    check_choice("data", data, Dataset)
     record, layers, origin = rundir.read(folder)
     run = Run.from_json(record, Network(get_engine(engine or record["engine"]).build(layers)))
+    if run.plan.every is not None:
+        raise InvalidInput(f"directory must hold a run of iterative_prune; that in {folder} is of gradual_prune")
     if data.name != run.data:
         raise InvalidInput(f"data must be {run.data!r}, as when the run in {folder} began, not {data.name!r}")
     check_fit(run.network, data, run.plan, done=len(run.rounds))
     return _carry_out(run, data, folder, origin, progress)
 
 
+def begin(net: Network, data: Dataset, plan: Plan) -> Run:
+    """Return a run with nothing done yet; InvalidInput unless the plan fits the network and the data."""
+    check_fit(net, data, plan)
+    parameters = sum(la.weight.size + (0 if la.bias is None else la.bias.size) for la in net.layers)
+    return Run(net, data.name, plan, parameters, get_engine(net.engine).versions())
+
+
 def check_fit(net: Network, data: Dataset, plan: Plan, done: int = 0) -> None:
-    """Raise InvalidInput unless the plan, but for rounds ``done``, fits this network and these data."""
-    if data.features != net.features or data.classes > net.outputs:
-        raise InvalidInput(
-            f"data has {data.features} features and {data.classes} classes, but net takes {net.features} features "
-            f"and has {net.outputs} outputs"
-        )
-    masks, layerwise = net.masks, isinstance(plan.structure, Layerwise)
-    for many in (target for target in plan.schedule if isinstance(target, tuple)):
-        if not layerwise or len(many) != len(masks):
-            raise InvalidInput(
-                f"schedule may hold {len(many)} sparsities per round only with Layerwise() and {len(many)} "
-                f"prunable layers, not with {plan.structure} and {len(masks)}"
-            )
-    groups = masks if layerwise else [np.concatenate([m.ravel() for m in masks])]
-    for following in plan.schedule[done : done + 1]:
-        targets = following if isinstance(following, tuple) else (following,) * len(groups)
-        for mask, target in zip(groups, targets, strict=True):
-            if (pruned := int((~mask).sum())) > round(target * mask.size):
-                raise InvalidInput(
-                    f"schedule must not begin below what is pruned already, but asks for {target:g} of "
-                    f"{mask.size} competing weights of net, of which {pruned} are pruned"
-                )
+    """Raise InvalidInput unless the plan, but for rounds ``done``, fits this network and these data.
+
+    The engine's own rules decide: on a copy, the criterion scores the network as it is (untrained, where the
+    criterion trains), and each target is pruned to by magnitude.
+    """
+    samples = check_dataset(net, data)
     steps = plan.training.epochs * steps_per_epoch(len(data.y_train), plan.training)
     if isinstance(plan.finetune, Rewind) and plan.finetune.to > steps:
         raise InvalidInput(f"finetune must rewind to one of the {steps} training steps, not {plan.finetune.to}")
+    targets, layers, trial = plan.schedule[done:], net.layers, net.copy().model
+    with naming("this cannot be pruned as asked"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerCollapse)
+        for target in targets:
+            trial.load(layers)
+            trial.prune(Magnitude(), target, plan.structure)
+        if targets:
+            trial.load(layers)
+            trial.scores(_without_training(plan.saliency), samples)
+
+
+def _without_training(saliency: Saliency) -> Saliency:
+    if isinstance(saliency, (Movement, EdgePopup)):
+        return replace(saliency, training=replace(saliency.training, epochs=0))
+    return saliency
 
 
 def _carry_out(run: Run, data: Dataset, folder: Path | None, origin: list[Layer], progress: bool | None) -> Run:
-    """Do what is left of a run; ``origin`` is what survivors restart from, once the dense network is trained."""
-    plan, model = run.plan, run.network.model
-
-    def checkpoint() -> None:
-        if folder is not None:
-            restarts = isinstance(plan.finetune, (Rewind, Reinitialize))
-            rundir.write(folder, run.to_json(), model.layers(), origin if restarts else [])
-
-    with report.progress(len(plan.schedule), progress) as tick:
-        if run.baseline is None:
-            began = time.perf_counter()
-            origin = train_round(model, data, plan, 0, tick)
-            run.baseline = _measure(model, data, 0, began)
-            checkpoint()
-        for number in range(len(run.rounds) + 1, len(plan.schedule) + 1):
-            began = time.perf_counter()
-            model.prune(plan.saliency, plan.schedule[number - 1], plan.structure)
-            restart(model, plan, origin, number)
-            if plan.finetune is not None:
-                train_round(model, data, plan, number, tick)
-            run.rounds.append(_measure(model, data, number, began))
-            checkpoint()
+    """Do what is left of a run, and write it to ``folder`` after each round."""
+    finetune = run.plan.finetune
+    with report.progress(len(run.plan.schedule), progress) as tick:
+        for start in advance(run, data, origin, tick):
+            if folder is not None:
+                goes_back = finetune is not None and finetune.goes_back
+                rundir.write(folder, run.to_json(), run.network.layers, start if goes_back else [])
     if folder is not None:
         run.plot(folder / rundir.CURVE)
     return run
+
+
+def advance(
+    run: Run, data: Dataset, origin: list[Layer], tick: report.Tick = report.silent
+) -> Iterator[list[Layer]]:
+    """Do what is left of a run; after each round, yield the layers that survivors go back to.
+
+    ``origin`` holds those layers, once round 0 is done.
+    """
+    plan, model = run.plan, run.network.model
+    for number in range(0 if run.baseline is None else len(run.rounds) + 1, len(plan.schedule) + 1):
+        began = time.perf_counter()
+        if number:
+            model.prune(plan.saliency, plan.schedule[number - 1], plan.structure, (data.x_train, data.y_train))
+            restart(model, plan, origin, number)
+        start = train_round(model, data, plan, number, tick) if plan.trains(number) else copies(model.layers())
+        run.add(evaluate(model, data, number, began))
+        origin = origin if number else start
+        yield origin
 
 
 def train_round(
     model: Model, data: Dataset, plan: Plan, number: int, tick: report.Tick = report.silent
 ) -> list[Layer]:
     """Train for one round; return copies of the layers as they were at the step that survivors restart from."""
-    training, n = plan.training, len(data.y_train)
-    total = training.epochs * steps_per_epoch(n, training)
+    origin = copies(model.layers())
     restart_at = plan.finetune.to if isinstance(plan.finetune, Rewind) else 0
-    origin, done = copies(model.layers()), 0
+    for _ in train(model, data, plan.training, plan.seed, number, partial(plan.eta, number), [restart_at], tick):
+        origin = copies(model.layers())
+    return origin
+
+
+def train(
+    model: Model,
+    data: Dataset,
+    training: Training,
+    seed: int,
+    number: int,
+    eta: Callable[[int], float],
+    pauses: Sequence[int],
+    tick: report.Tick = report.silent,
+) -> Iterator[int]:
+    """Train from an empty optimiser memory over the batches of a round, and yield after each step in ``pauses``.
+
+    ``eta`` says the learning rate of an epoch; ``pauses`` go up, and there is none before the first step.
+    """
+    n, size = len(data.y_train), training.batchsize
+    epoch_steps = steps_per_epoch(n, training)
     model.start(training.optimiser)
     for epoch in range(training.epochs):
-        order = batch_order(n, plan.seed, number, epoch)
-        cut = (restart_at - done) * training.batchsize
-        for part in (order[:cut], order[cut:]) if 0 < cut < n else (order,):
-            told = partial(_tell, tick, number, done, total)
-            model.train(data.x_train, data.y_train, part, training.batchsize, told)
-            done += steps_per_epoch(len(part), training)
-            if done == restart_at:
-                origin = copies(model.layers())
-    return origin
+        model.adjust(eta(epoch))
+        order, first = batch_order(n, seed, number, epoch), epoch * epoch_steps
+        inside = [p for p in pauses if first < p < first + epoch_steps]
+        for begun, end in pairwise([first, *inside, first + epoch_steps]):
+            told = partial(_tell, tick, number, begun, training.epochs * epoch_steps)
+            part = order[(begun - first) * size : (end - first) * size]
+            model.train(data.x_train, data.y_train, part, size, told)
+            if end in pauses:
+                yield end
 
 
 def _tell(tick: report.Tick, number: int, before: int, total: int, steps: int) -> None:
@@ -349,7 +440,7 @@ def copies(layers: list[Layer]) -> list[Layer]:
 
 def restart(model: Model, plan: Plan, origin: list[Layer], number: int) -> None:
     """Set the survivors of a round to what they restart from; ``origin`` is what ``train_round`` returned."""
-    if isinstance(plan.finetune, (Rewind, Reinitialize)):
+    if plan.finetune is not None and plan.finetune.goes_back:
         start = [replace(then, mask=now.mask) for then, now in zip(origin, model.layers(), strict=True)]
         if isinstance(plan.finetune, Reinitialize):
             rng = np.random.default_rng([plan.seed, number])
@@ -357,7 +448,8 @@ def restart(model: Model, plan: Plan, origin: list[Layer], number: int) -> None:
         model.load(start)
 
 
-def _measure(model: Model, data: Dataset, number: int, began: float) -> Round:
+def evaluate(model: Model, data: Dataset, number: int, began: float) -> Round:
+    """Return a round that began at ``began``, in seconds of ``time.perf_counter``, as it ends now."""
     loss, accuracy = model.evaluate(data.x_test, data.y_test)
     layers = model.layers()
     nonzero, weights = sum(int(la.mask.sum()) for la in layers), sum(la.mask.size for la in layers)

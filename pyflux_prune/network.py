@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import files
 from .choices import (
@@ -17,11 +19,12 @@ from .choices import (
     Structure,
     check_choice,
     check_count,
+    check_match,
     check_sparsity,
 )
-from .datasets import check_inputs
+from .datasets import Dataset, check_inputs, check_labels
 from .engines import ACTIVATIONS, Layer, Model, get_engine
-from .engines.base import Bool, Float, Int, layer_names
+from .engines.base import Bool, Float, Int, Samples, layer_names
 from .errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -110,6 +113,14 @@ class Network:
         """Let ``copy.deepcopy`` and ``pickle`` (between processes) make networks of their own."""
         return _build, (self.layers, self.engine)
 
+    def compact(self) -> Network:
+        """Return a smaller network with the same outputs to rounding: without the neurons that do nothing.
+
+        A neuron without incoming or without outgoing weights goes; what it adds, if it is constant, goes into the
+        next biases. Takes fewer bytes and FLOPs than this network, which is left as it is.
+        """
+        return Network(self.model.compact())
+
     def save(self, path: str | PathLike[str], *, sparse: bool = False) -> None:
         """Write a safetensors model file; with ``sparse``, only the kept values and the masks' bits.
 
@@ -180,29 +191,66 @@ def prune(
     net: Network,
     saliency: Saliency = Magnitude(),
     *,
-    sparsity: float | Sequence[float],
+    sparsity: float | Sequence[float] | None = None,
     structure: Structure = Global(),
+    data: Dataset | tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None,
 ) -> Network:
     """Prune ``net`` in place to ``sparsity``, and return it.
 
     Exactly ``round(sparsity * n)`` of each ``n`` competing weights are pruned, lowest score first; equal scores
-    go by position: layer, output, input.
+    go by position: layer, output, input. Some criteria also adjust the survivors. Warns with ``LayerCollapse``
+    where a layer loses its last weight.
 
     Args:
         net: the network.
         saliency: how much a weight matters.
-        sparsity: in [0, 1); with ``Layerwise()`` also one per layer.
+        sparsity: in [0, 1), or one per competing layer where the structure allows it; None for ``NofM`` and for
+            ``Threshold``, which say themselves what goes.
         structure: what competes with what.
+        data: what some criteria score with: a data set, of which the training part counts, or inputs
+            (samples, features) and labels (samples,).
 
     Raises:
-        InvalidInput: an argument is none of these, or the network is sparser already. Nothing has changed then.
+        InvalidInput: an argument is none of these, the choices do not fit each other, the criterion needs data
+            or cannot use these, or the network is sparser already. Nothing has changed then.
 
     """
     check_choice("net", net, Network)
     check_choice("saliency", saliency, Saliency)
     check_choice("structure", structure, Structure)
-    net.model.prune(saliency, check_sparsity(sparsity), structure)
+    check_match(saliency, structure)
+    if saliency.needs_data and data is None:
+        raise InvalidInput(f"data must be given, as the saliency {type(saliency).__name__} needs data")
+    samples = None if data is None else check_samples(net, data)
+    net.model.prune(saliency, None if sparsity is None else check_sparsity(sparsity), structure, samples)
     return net
+
+
+def check_dataset(net: Network, data: Dataset) -> Samples:
+    """Return the training samples of a data set; InvalidInput unless it is one and fits the network."""
+    check_choice("net", net, Network)
+    check_choice("data", data, Dataset)
+    if data.features != net.features or data.classes > net.outputs:
+        raise InvalidInput(
+            f"data has {data.features} features and {data.classes} classes, but net takes {net.features} features "
+            f"and has {net.outputs} outputs"
+        )
+    return data.x_train, data.y_train
+
+
+def check_samples(net: Network, data: object) -> Samples:
+    """Return the training samples of a data set, or the inputs and labels given.
+
+    Raises:
+        InvalidInput: they are neither, do not fit the network, or hold what no engine can use.
+
+    """
+    if isinstance(data, tuple) and len(data) == 2:
+        x = check_inputs(data[0], net.features, name="data's x")
+        return x, check_labels(data[1], len(x), net.outputs, name="data's y")
+    if isinstance(data, Dataset):
+        return check_dataset(net, data)
+    raise InvalidInput(f"data must be a Dataset, or inputs and labels (x, y), not {reprlib.repr(data)}")
 
 
 def to_torch(net: Network) -> torch.nn.Sequential:

@@ -14,7 +14,10 @@ from rich.table import Table
 from .errors import InvalidInput
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .experiment import Run
+    from .sensitivity import Sensitivity
 
 Tick = Callable[[int, int, int], None]
 """Told the round, how many of its steps are done, and how many it has."""
@@ -25,8 +28,8 @@ def silent(number: int, done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def progress(rounds: int, wanted: bool | None = None) -> Iterator[Tick]:
-    """Show a bar for the run and one for its round on stderr; by default, where that is a terminal."""
+def progress(rounds: int, wanted: bool | None = None, label: str = "") -> Iterator[Tick]:
+    """Show a bar on stderr for ``rounds`` rounds after the dense network; by default, where that is a terminal."""
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield silent
         return
@@ -39,15 +42,12 @@ def progress(rounds: int, wanted: bool | None = None) -> Iterator[Tick]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("dense network", total=rounds + 1)
+        task = bars.add_task(f"{label}step 0", total=rounds + 1)
 
         def tick(number: int, done: int, total: int) -> None:
-            name = (
-                f"round {number} of {rounds}, step {done} of {total}"
-                if number
-                else f"dense network, step {done} of {total}"
-            )
-            bars.update(task, completed=number + done / total, description=name)
+            first = "dense network, " if rounds else ""
+            name = f"round {number} of {rounds}, " if number else first
+            bars.update(task, completed=number + done / total, description=f"{label}{name}step {done} of {total}")
 
         yield tick
 
@@ -59,7 +59,7 @@ def table(run: Run) -> Table:
         shown.add_column(heading, justify="right")
     for r in [*([run.baseline] if run.baseline else []), *run.rounds]:
         shown.add_row(
-            str(r.round) if r.round else "dense",
+            str(r.round) if r.round else run.plan.beginning,
             f"{r.sparsity:.1%}",
             f"{r.nonzero:,}",
             f"{r.accuracy:.2%}",
@@ -83,7 +83,7 @@ def plot(run: Run, path: str | PathLike[str]) -> None:
     rows = [run.baseline, *run.rounds]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(100 * run.baseline.accuracy, color="0.7", linestyle="--", label="dense network")
+    axes.axhline(100 * run.baseline.accuracy, color="0.7", linestyle="--", label=f"{run.plan.beginning} network")
     axes.plot([100 * (1 - r.sparsity) for r in rows], [100 * r.accuracy for r in rows], "o-", label="pruned")
     axes.set_xscale("log")
     axes.invert_xaxis()
@@ -92,6 +92,29 @@ def plot(run: Run, path: str | PathLike[str]) -> None:
     axes.minorticks_off()
     axes.set(xlabel="weights kept", ylabel="test accuracy (%)", title=f"{run.data}: {run.plan.finetune}")
     axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def plot_sensitivity(result: Sensitivity, path: str | PathLike[str]) -> None:
+    """Write a picture of test accuracy against the sparsity of one layer, a curve per layer.
+
+    Raises:
+        InvalidInput: the file cannot be written, or its kind is unknown.
+
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(100 * result.baseline, color="0.7", linestyle="--", label="as it is")
+    for name, row in zip(result.layers, result.accuracy, strict=True):
+        axes.plot([100 * rate for rate in result.rates], 100 * row, "o-", label=f"layer {name}")
+    axes.set(xlabel="pruned of one layer (%)", ylabel="test accuracy (%)", title=result.data)
+    axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: str | PathLike[str]) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

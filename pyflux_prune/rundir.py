@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .choices import FineTune, from_json
 from .engines import Layer
 from .errors import InvalidInput
 from .files import atomic_write, read_model, to_path, write_model
@@ -78,10 +79,10 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Layer], list[Layer]]:
     layers, metadata = read_model(folder / MODEL)
     try:
         record = json.loads(metadata["run"])
-        restarts = record["plan"]["finetune"] is not None and record["plan"]["finetune"]["name"] != "Continue"
+        finetune: FineTune = from_json(record["plan"]["finetune"])
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInput(f"{folder / MODEL} holds a model but not the record of a run") from error
-    return record, layers, read_model(folder / ORIGIN)[0] if restarts else []
+    return record, layers, read_model(folder / ORIGIN)[0] if finetune and finetune.goes_back else []
 
 
 def _table(record: dict[str, Any]) -> bytes:

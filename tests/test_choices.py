@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ def test_schedules_follow_their_equations() -> None:
     assert choices.sparsities(fp.Polynomial(0.9, 4)) == pytest.approx(
         [0.9 * (1 - t**3) for t in (0.75, 0.5, 0.25, 0)]
     )
+    assert choices.sparsities(fp.Cosine(0.8, 4)) == pytest.approx(
+        [0.8 * t for t in (0.14644661, 0.5, 0.85355339, 1)]
+    )
     assert choices.sparsities([0.1, 0.1, 0.5]) == [0.1, 0.1, 0.5]
     assert choices.sparsities(np.array([0.1, 0.5])) == [0.1, 0.5]
 
@@ -34,6 +38,7 @@ def test_schedules_never_go_down_and_stay_below_one(rate: float, rounds: int, po
         fp.Exponential(rate, rounds),
         fp.Constant(rate / rounds, rounds),
         fp.Polynomial(rate, rounds, power),
+        fp.Cosine(rate, rounds),
     ):
         targets = choices.sparsities(schedule)
         assert len(targets) == rounds
@@ -63,9 +68,21 @@ def test_schedules_never_go_down_and_stay_below_one(rate: float, rounds: int, po
         (lambda: fp.Training(optimiser="adam"), ["optimiser", "'adam'"]),
         (
             lambda: fp.prune(fp.mlp([2, 2], engine="torch"), choices.Saliency(), sparsity=0.5),
-            ["Magnitude or Random"],
+            ["Magnitude, Threshold", "EdgePopup or Random"],
         ),
         (lambda: fp.RandomSaliency(seed=-1), ["seed", "-1"]),
+        (lambda: fp.Magnitude(scaled=1), ["Magnitude's scaled", "True or False", "1"]),
+        (lambda: fp.Threshold(tau=0), ["tau", "0"]),
+        (lambda: fp.EdgePopup(sparsity=1), ["EdgePopup's sparsity", "1"]),
+        (lambda: fp.Movement(training=3), ["Movement's training", "Training", "3"]),
+        (lambda: fp.NofM(4, 4), ["NofM's n", "below m = 4"]),
+        (lambda: fp.Global(exclude="0"), ["exclude", "'0'"]),
+        (lambda: fp.Global(exclude=(0, 1.5)), ["exclude", "1.5"]),
+        (lambda: fp.Layerwise(min_kept=-1), ["min_kept", "-1"]),
+        (lambda: fp.Neurons(norm=0.5), ["norm", "0.5"]),
+        (lambda: fp.RigL(fraction=0), ["fraction", "0"]),
+        (lambda: fp.Training(decay=0), ["decay", "0"]),
+        (lambda: choices.check_match(fp.Activation(), fp.Global()), ["Neurons", "Activation", "Global"]),
         (lambda: choices.sparsities([0.5, 0.4]), ["never go down", "0.4", "0.5"]),
         (lambda: choices.sparsities([(0.5, 0.5), (0.6, 0.4)]), ["never go down"]),
         (lambda: choices.sparsities([]), ["at least one"]),
@@ -87,34 +104,141 @@ def test_a_bad_choice_is_named(make: object, names: list[str]) -> None:
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("name", ["oneshot", "constant", "exponential", "polynomial"])
+@pytest.mark.parametrize("name", list(choices.SCHEDULES))
 def test_a_schedule_by_name_ends_at_the_sparsity_asked_for(name: str) -> None:
     targets = choices.sparsities(choices.schedule_by_name(name, 0.87, None))
     assert targets[-1] == pytest.approx(0.87)
     assert len(targets) == (1 if name == "oneshot" else 12)
 
 
+def test_layers_to_exclude_may_be_a_number_or_an_array() -> None:
+    assert fp.Global(exclude=-1).exclude == (-1,)  # type: ignore[arg-type]
+    assert fp.Global(exclude=np.array([0, 2])) == fp.Global(exclude=(0, 2))  # type: ignore[arg-type]
+
+
+def test_the_learning_rate_decays_by_epoch() -> None:
+    training = fp.Training(optimiser=fp.Descent(0.1), decay=0.5)
+    assert [training.eta(epoch) for epoch in range(3)] == pytest.approx([0.1, 0.05, 0.025])
+
+
 def test_the_default_schedule_prunes_a_fifth_of_what_is_left() -> None:
     assert choices.schedule_by_name("exponential", None, None) == fp.Exponential(0.2, 12)
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [
-        fp.Magnitude(),
-        fp.RandomSaliency(3),
-        fp.Global(),
-        fp.Layerwise(),
-        fp.Continue(),
-        fp.Rewind(7),
-        fp.Reinitialize(),
-        None,
-        fp.Training(epochs=2, optimiser=fp.AdamW(lambda_=0.2)),
-        fp.Training(optimiser=fp.Nesterov()),
-    ],
+shares = st.floats(0, 0.99)
+FIELDS = {
+    "activations": st.booleans(),
+    "batchsize": st.integers(1, 500),
+    "beta": st.tuples(shares, shares),
+    "damping": st.floats(0, 10),
+    "decay": st.floats(0.1, 1.2),
+    "epochs": st.integers(0, 50),
+    "epsilon": st.floats(1e-12, 1),
+    "eta": st.floats(1e-6, 10),
+    "exact": st.booleans(),
+    "exclude": st.lists(st.integers(-3, 3), max_size=3).map(tuple),
+    "fraction": st.floats(0.01, 0.99),
+    "full": st.booleans(),
+    "iterations": st.integers(1, 200),
+    "lambda_": st.floats(0, 1),
+    "layerwise": st.booleans(),
+    "m": st.integers(4, 16),
+    "min_kept": st.integers(0, 5),
+    "n": st.integers(1, 3),
+    "norm": st.floats(1, 8),
+    "optimiser": st.deferred(lambda: made(choices.Optimiser)),
+    "per_class": st.integers(1, 50),
+    "power": st.floats(0.1, 5),
+    "q": st.floats(0.1, 5),
+    "rate": st.floats(0, 0.01) | st.lists(st.floats(0, 0.01), min_size=1, max_size=4).map(tuple),
+    "rho": shares,
+    "rounds": st.integers(1, 20),
+    "scaled": st.booleans(),
+    "seed": st.integers(0, 2**63 - 1),
+    "squared": st.booleans(),
+    "tau": st.none() | st.floats(1e-3, 5),
+    "temperature": st.floats(0.1, 500),
+    "to": st.integers(0, 500),
+    "training": st.deferred(lambda: fields_of(fp.Training)),
+    "zeros": st.booleans(),
+}
+
+
+def fields_of(choice: type) -> st.SearchStrategy[object]:
+    """Draw a choice of this class, all its fields drawn."""
+    targets = shares | st.lists(shares, min_size=1, max_size=4).map(tuple)
+    own = {"sparsity": targets if issubclass(choice, choices.Schedule) else shares}
+    return st.builds(choice, **{f.name: (own | FIELDS)[f.name] for f in fields(choice)})
+
+
+def made(*axes: type) -> st.SearchStrategy[object]:
+    """Draw any choice on these axes."""
+    return st.one_of([fields_of(c) for axis in axes for c in axis.__subclasses__()])
+
+
+AXES = (
+    choices.Saliency,
+    choices.Structure,
+    choices.Schedule,
+    choices.Restart,
+    choices.Regrowth,
+    choices.Optimiser,
 )
+
+
+@given(choice=st.none() | made(*AXES) | fields_of(fp.Training))
 def test_choices_survive_json(choice: object) -> None:
     assert choices.from_json(json.loads(json.dumps(choices.to_json(choice)))) == choice
+
+
+def texts(choice: object) -> list[str]:
+    """Return the fields of a choice as on the command line; those of a training inside belong to it."""
+    written = []
+    for f in fields(choice):  # type: ignore[arg-type]
+        value = getattr(choice, f.name)
+        if isinstance(value, fp.Training):
+            written += texts(value)
+        elif isinstance(value, tuple):
+            written += [f"{f.name}={'/'.join(map(str, value))}"] if value else []
+        elif isinstance(value, (bool, int, float)):
+            written.append(f"{f.name}={value}")
+    return written
+
+
+@given(choice=made(choices.Saliency, choices.Structure, choices.Regrowth))
+def test_choices_are_found_by_name(choice: object) -> None:
+    classes = choices.SALIENCIES | choices.STRUCTURES | choices.REGROWTHS
+    name = next(name for name, c in classes.items() if type(choice) is c)
+    if isinstance(choice, (fp.Movement, fp.EdgePopup)):  # text does not say the optimiser
+        training = replace(choice.training, optimiser=type(choice)().training.optimiser)
+        choice = replace(choice, training=training)
+    assert choices.by_name("axis", classes, ":".join([name, ",".join(texts(choice))])) == choice
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("size", ["--saliency must be one of magnitude, threshold", "'size'"]),
+        ("taylor:square=true", ["--saliency taylor takes squared=…, batchsize=…", "'square=true'"]),
+        ("taylor:squared", ["squared=…", "'squared'"]),
+        ("wanda:q=1", ["no options", "'q=1'"]),
+        ("movement:training=3", ["epochs=…", "'training=3'"]),
+        ("movement:epochs=-3", ["epochs", "-3"]),
+        ("obs:damping=much", ["OBS's damping", "'much'"]),
+    ],
+)
+def test_bad_text_is_named(text: str, names: list[str]) -> None:
+    with pytest.raises(fp.InvalidInput) as caught:
+        choices.by_name("--saliency", choices.SALIENCIES, text)
+    for name in names:
+        assert name in str(caught.value)
+
+
+def test_every_choice_is_exported() -> None:
+    for axis in AXES:
+        for choice in axis.__subclasses__():
+            assert getattr(fp, choice.__name__) is choice
+            assert choice.__name__ in fp.__all__
 
 
 @pytest.mark.parametrize(
@@ -127,7 +251,14 @@ def test_json_of_no_choice_is_rejected(value: object) -> None:
 
 @pytest.mark.julia
 @pytest.mark.parametrize(
-    "schedule", [fp.OneShot(0.3), fp.Constant(0.07, 9), fp.Exponential(0.2, 12), fp.Polynomial(0.95, 7, 2.5)]
+    "schedule",
+    [
+        fp.OneShot(0.3),
+        fp.Constant(0.07, 9),
+        fp.Exponential(0.2, 12),
+        fp.Polynomial(0.95, 7, 2.5),
+        fp.Cosine(0.9, 7),
+    ],
 )
 def test_schedules_equal_those_of_julia(schedule: fp.OneShot) -> None:
     from dataclasses import asdict

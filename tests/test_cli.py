@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import pyflux_prune as fp
-from pyflux_prune import cli
+from pyflux_prune import choices, cli
 
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ["--epochs", "1", "--rounds", "2", "--hidden", "8"]
@@ -95,6 +96,31 @@ def test_run_takes_every_axis_from_the_command_line(command: Command) -> None:
     assert plan["seed"] == 4
 
 
+def test_choices_take_their_fields_from_the_command_line(command: Command, engine: str) -> None:
+    arguments = ("--saliency", "snip:per_class=3", "--structure", "layerwise:exclude=-1", "--schedule", "cosine")
+    more = ("--sparsity", "0.8", "--finetune", "continue", "--decay", "0.9", "--no-pretrain")
+    code, out, err = command("run", "--engine", engine, *QUICK, *arguments, *more)
+    assert (code, err) == (0, "")
+    assert "untrained" in out
+    record = json.loads(Path("run/run.json").read_text())
+    plan = record["plan"]
+    assert plan["saliency"] == {"name": "SNIP", "per_class": 3}
+    assert plan["structure"] == {"name": "Layerwise", "exclude": [-1], "min_kept": 0}
+    assert plan["schedule"] == pytest.approx([0.4, 0.8])
+    assert plan["training"]["decay"] == 0.9
+    assert plan["pretrain"] is False
+    assert [la["density"] for la in record["rounds"][-1]["layers"]] == pytest.approx([0.2, 1.0], abs=0.01)
+
+
+def test_a_lost_layer_is_one_line_on_stderr(command: Command) -> None:
+    arguments = ("--structure", "layerwise", "--sparsity", "0.5,0.999", "--rounds", "2", "--saliency", "random")
+    code, out, err = command("run", "--engine", "torch", "--json", "--hidden", "8", "--epochs", "1", *arguments)
+    assert code == 0
+    assert json.loads(out)["rounds"][-1]["layers"][1]["density"] == 0
+    assert err.count("\n") == 1
+    assert err.startswith("pyflux-prune: pruning left no weight in layer 2")
+
+
 def test_run_resumes(command: Command) -> None:
     assert command("run", "--engine", "torch", "--out", "a", *QUICK)[0] == 0
     code, out, err = command("run", "--resume", "a", "--json")
@@ -113,7 +139,7 @@ def test_crosscheck_shows_the_differences_and_exits_by_them(
     monkeypatch.setattr(sys.modules["pyflux_prune.crosscheck"], "FORWARD", 0.0)
     code, out, _ = command(*arguments)
     assert code == 1
-    assert {d["quantity"] for d in json.loads(out)["differences"] if not d["ok"]} == {"forward"}
+    assert {d["quantity"] for d in json.loads(out)["differences"] if not d["ok"]} == {"forward", "compact network"}
 
 
 @pytest.mark.parametrize(
@@ -126,8 +152,16 @@ def test_crosscheck_shows_the_differences_and_exits_by_them(
         (["run", "--hidden", "0"], ["--hidden", "'0'"]),
         (["run", "--sparsity", "1.2"], ["--sparsity", "1.2"]),
         (["run", "--sparsity", "high"], ["--sparsity", "'high'"]),
-        (["run", "--sparsity", "0.5,0.5"], ["Layerwise"]),
-        (["run", "--saliency", "size"], ["size"]),
+        (["run", "--sparsity", "0.5,0.5"], ["sparsity", "Global"]),
+        (["run", "--saliency", "size"], ["--saliency", "magnitude, threshold", "'size'"]),
+        (["run", "--saliency", "taylor:square=true"], ["--saliency taylor", "squared=…", "'square=true'"]),
+        (["run", "--saliency", "activation"], ["Neurons", "Activation"]),
+        (["run", "--saliency", "snip:per_class=1000"], ["1000"]),
+        (["run", "--structure", "nofm:n=5"], ["n must be below m = 4"]),
+        (["run", "--structure", "nofm"], ["at most 0.5"]),
+        (["run", "--schedule", "steep"], ["steep"]),
+        (["run", "--decay", "0"], ["decay", "0"]),
+        (["run", "--no-pretrain", "--finetune", "rewind:3"], ["pretrain"]),
         (["run", "--schedule", "oneshot", "--rounds", "3"], ["rounds", "3"]),
         (["run", "--finetune", "again"], ["'again'"]),
         (["run", "--epochs", "-1"], ["-1"]),
@@ -162,7 +196,7 @@ def test_bad_usage_is_one_line_on_stderr_and_exit_code_2(
 
 @pytest.fixture
 def model(tmp_path: Path) -> fp.Network:
-    net = fp.prune(fp.mlp([64, 30, 10], engine="torch"), sparsity=0.95)
+    net = fp.prune(fp.mlp([64, 30, 10], engine="torch"), sparsity=0.95, structure=fp.Global(min_kept=1))
     net.save(tmp_path / "model.safetensors")
     return net
 
@@ -199,6 +233,18 @@ def test_convert_goes_to_sparse_and_pytorch_and_back(command: Command, model: fp
         assert (layer.weight == back.weight).all()
         assert (layer.mask == back.mask).all()
     assert command("convert", "model.safetensors", "bad.pt", "--sparse")[0] == 2
+
+
+def test_convert_can_leave_out_dead_neurons(command: Command, engine: str) -> None:
+    net = fp.prune(fp.mlp([64, 30, 10], engine="torch"), sparsity=0.5, structure=fp.Neurons())
+    net.save("model.safetensors")
+    code, _, err = command("convert", "model.safetensors", "small.safetensors", "--compact", "--engine", engine)
+    assert (code, err.count("\n")) == (0, 1)
+    small = fp.Network.load("small.safetensors", engine="torch")
+    assert [w.shape for w in small.weights] == [(15, 64), (10, 15)]
+    x = np.random.default_rng(0).random((5, 64), np.float32)
+    np.testing.assert_allclose(small(x), net(x), rtol=1e-5, atol=1e-6)
+    assert Path("small.safetensors").stat().st_size < Path("model.safetensors").stat().st_size / 1.9
 
 
 def test_a_pt_file_that_would_run_code_is_refused(command: Command, tmp_path: Path) -> None:
@@ -261,6 +307,13 @@ def test_without_julia_doctor_says_how_to_mend_it(tmp_path: Path) -> None:
     done = without_julia(tmp_path, "doctor")
     assert done.returncode == 1
     assert "missing Julia engine" in done.stdout
+
+
+def test_help_lists_the_choices(command: Command) -> None:
+    for name in ("run", "crosscheck"):
+        words = set(re.split(r"[\s,.|\[\]]+", command(name, "--help")[1]))
+        known = {*choices.SALIENCIES, *choices.STRUCTURES, *choices.SCHEDULES, *choices.FINETUNES.split("|")}
+        assert known <= words
 
 
 def test_help_is_there_for_every_command(command: Command) -> None:

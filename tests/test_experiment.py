@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,100 @@ def test_without_fine_tuning_nothing_is_trained_after_pruning(engine: str, blobs
     assert len(run.rounds) == 1
 
 
+def test_criteria_that_need_data_get_the_training_set(engine: str, blobs: Dataset) -> None:
+    net = fp.mlp([6, 12, 3], engine=engine)
+    other = net.copy()
+    fp.iterative_prune(net, blobs, saliency=fp.Taylor(), schedule=[0.5], finetune=None, training=QUICK)
+    fp.iterative_prune(other, blobs, schedule=[0.0], finetune=None, training=QUICK)
+    fp.prune(other, fp.Taylor(), sparsity=0.5, data=blobs)
+    assert same(weights(net), weights(other))
+
+
+@pytest.mark.parametrize("finetune", [fp.Rewind(), fp.Continue(), fp.Reinitialize(), None])
+def test_without_pretraining_the_first_network_is_the_untrained_one(
+    engine: str, blobs: Dataset, finetune: object
+) -> None:
+    net = fp.mlp([6, 12, 3], engine=engine)
+    initial = net.copy()
+    run = fp.iterative_prune(
+        net,
+        blobs,
+        saliency=fp.SNIP(),
+        schedule=[0.5, 0.75],
+        finetune=finetune,  # type: ignore[arg-type]
+        training=QUICK,
+        pretrain=False,
+    )
+    assert run.baseline is not None
+    assert run.baseline.accuracy == (initial.predict(blobs.x_test) == blobs.y_test).mean()
+    assert run.rounds[-1].sparsity == 0.75
+    assert run.to_json()["plan"]["pretrain"] is False
+    trained = run.rounds[0].accuracy > 0.8
+    assert trained == (finetune is not None)
+    once = fp.iterative_prune(
+        initial,
+        blobs,
+        saliency=fp.SNIP(),
+        schedule=[0.5],
+        finetune=finetune,  # type: ignore[arg-type]
+        training=QUICK,
+        pretrain=False,
+    )
+    assert once.rounds[0].layers == run.rounds[0].layers
+    assert once.rounds[0].loss == run.rounds[0].loss
+
+
+@pytest.mark.parametrize("pretrain", [True, False])
+@pytest.mark.parametrize(
+    "finetune", [fp.Continue(), fp.Rewind(), fp.LearningRateRewind(), fp.Reinitialize(), None]
+)
+def test_the_learning_rate_decays_in_the_first_training_and_after_restarts(
+    engine: str, blobs: Dataset, finetune: object, pretrain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = fp.mlp([6, 12, 3], engine=engine)
+    rates: list[float] = []
+    starts: list[int] = []
+    adjust, start = net.model.adjust, net.model.start
+    monkeypatch.setattr(net.model, "adjust", lambda eta: (rates.append(eta), adjust(eta)))
+    monkeypatch.setattr(net.model, "start", lambda rule: (starts.append(len(rates)), start(rule)))
+    training = fp.Training(epochs=3, batchsize=32, optimiser=fp.Descent(0.8), decay=0.5)
+    plan = {"schedule": [0.2, 0.4], "finetune": finetune, "training": training, "pretrain": pretrain}
+    fp.iterative_prune(net, blobs, **plan)  # type: ignore[arg-type]
+    decaying, last = [0.8, 0.4, 0.2], [0.2, 0.2, 0.2]
+    trainings = (1 if pretrain else 0) + (0 if finetune is None else 2)
+    assert starts == [3 * k for k in range(trainings)]
+    after = last if finetune == fp.Continue() else decaying
+    assert rates == pytest.approx([*decaying, *after, *after][: 3 * trainings])
+
+
+def test_decay_slows_training_down(engine: str, blobs: Dataset) -> None:
+    nets = []
+    for decay in (1.0, 1e-6):
+        net = fp.mlp([6, 12, 3], engine=engine)
+        training = fp.Training(epochs=2, batchsize=32, optimiser=fp.Descent(0.1), decay=decay)
+        fp.iterative_prune(net, blobs, schedule=[0.0], finetune=None, training=training)
+        nets.append(net)
+    short = fp.mlp([6, 12, 3], engine=engine)
+    training = fp.Training(epochs=1, batchsize=32, optimiser=fp.Descent(0.1))
+    fp.iterative_prune(short, blobs, schedule=[0.0], finetune=None, training=training)
+    np.testing.assert_allclose(nets[1].weights[0], short.weights[0], atol=1e-5)
+    assert np.abs(nets[0].weights[0] - short.weights[0]).max() > 1e-3
+
+
+def test_a_layer_that_is_lost_is_told_once(blobs: Dataset) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fp.iterative_prune(
+            fp.mlp([6, 12, 3], engine="torch"),
+            blobs,
+            saliency=fp.RandomSaliency(),
+            structure=fp.Layerwise(exclude=0),
+            schedule=[0.5, 0.99, 0.99],
+            training=QUICK,
+        )
+    assert [w.category for w in caught] == [fp.LayerCollapse]
+
+
 def test_a_run_directory_holds_everything(engine: str, blobs: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
     net = fp.mlp([6, 12, 3], engine=engine)
@@ -136,13 +232,38 @@ def test_a_run_directory_holds_everything(engine: str, blobs: Dataset, tmp_path:
     assert (tmp_path / "again" / "rounds.csv").read_text() == (out / "rounds.csv").read_text()
 
 
-@pytest.mark.parametrize("finetune", [fp.Rewind(), fp.Rewind(3), fp.Reinitialize(), fp.Continue(), None])
+@pytest.mark.parametrize(
+    ("finetune", "pretrain"),
+    [
+        (fp.Rewind(), True),
+        (fp.Rewind(3), True),
+        (fp.Reinitialize(), True),
+        (fp.Continue(), True),
+        (fp.LearningRateRewind(), True),
+        (None, True),
+        (fp.Rewind(), False),
+        (fp.Continue(), False),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_numbers(
-    engine: str, blobs: Dataset, tmp_path: Path, finetune: object, monkeypatch: pytest.MonkeyPatch
+    engine: str,
+    blobs: Dataset,
+    tmp_path: Path,
+    finetune: object,
+    pretrain: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def begin(out: Path) -> fp.Run:
-        net = fp.mlp([6, 12, 3], engine=engine)
-        return fp.iterative_prune(net, blobs, schedule=[0.3, 0.5, 0.8], finetune=finetune, training=QUICK, out=out)  # type: ignore[arg-type]
+        return fp.iterative_prune(
+            fp.mlp([6, 12, 3], engine=engine),
+            blobs,
+            saliency=fp.Taylor(),
+            schedule=[0.3, 0.5, 0.8],
+            finetune=finetune,  # type: ignore[arg-type]
+            training=replace(QUICK, decay=0.8),
+            pretrain=pretrain,
+            out=out,
+        )
 
     whole = begin(tmp_path / "whole")
     writes = []
@@ -186,7 +307,8 @@ def test_a_failed_write_leaves_the_last_whole_round(
     ("arguments", "names"),
     [
         ({"schedule": [0.5, 0.4]}, ["never go down"]),
-        ({"schedule": [(0.5, 0.5)]}, ["Layerwise"]),
+        ({"schedule": [(0.5, 0.5)]}, ["sparsity", "Global"]),
+        ({"schedule": [0.1, (0.2, 0.2, 0.2), 0.5], "structure": fp.Layerwise()}, ["3", "2"]),
         ({"schedule": [0.1, (0.5, 0.5, 0.5)], "structure": fp.Layerwise()}, ["3", "2"]),
         ({"schedule": [(0.5, 0.5, 0.5)], "structure": fp.Layerwise()}, ["3", "2"]),
         ({"finetune": "again"}, ["finetune", "'again'"]),
@@ -195,6 +317,17 @@ def test_a_failed_write_leaves_the_last_whole_round(
         ({"seed": -1}, ["seed", "-1"]),
         ({"saliency": "magnitude"}, ["saliency"]),
         ({"structure": "global"}, ["structure"]),
+        ({"structure": fp.NofM()}, ["layer 0", "6 inputs", "exclude"]),
+        ({"structure": fp.NofM(1, 3), "schedule": [0.5, 0.7]}, ["at most 0.666667", "0.7"]),
+        ({"structure": fp.Global(exclude=(0, 1))}, ["exclude"]),
+        ({"structure": fp.Layerwise(exclude=5)}, ["exclude", "5"]),
+        ({"structure": fp.Layerwise(min_kept=30), "schedule": [0.1, 0.5]}, ["min_kept"]),
+        ({"structure": fp.Neurons(), "schedule": [(0.5, 0.5)]}, ["sparsity", "Neurons"]),
+        ({"saliency": fp.Activation()}, ["Neurons", "Activation", "Global"]),
+        ({"saliency": fp.SNIP(per_class=500)}, ["class", "500"]),
+        ({"saliency": fp.EdgePopup(0.5), "schedule": [0.3, 0.6, 0.8]}, ["EdgePopup", "0.6", "0.5"]),
+        ({"pretrain": "no"}, ["pretrain", "'no'"]),
+        ({"pretrain": False, "finetune": fp.Rewind(3)}, ["Rewind(to=0)", "pretrain"]),
     ],
 )
 def test_a_bad_plan_trains_and_writes_nothing(
@@ -217,7 +350,7 @@ def test_data_must_fit_the_network(blobs: Dataset) -> None:
         fp.iterative_prune(fp.mlp([6, 2], engine="torch"), blobs)
     sparse = fp.prune(fp.mlp([6, 3], engine="torch"), sparsity=0.5)
     before = weights(sparse)
-    with pytest.raises(fp.InvalidInput, match="9 are pruned"):
+    with pytest.raises(fp.InvalidInput, match="9 are already"):
         fp.iterative_prune(sparse, blobs, schedule=[0.2, 0.6])
     assert same(before, weights(sparse))
     with pytest.raises(fp.InvalidInput, match="data must be Dataset"):
@@ -252,6 +385,8 @@ def test_resume_says_what_is_wrong(blobs: Dataset, tmp_path: Path) -> None:
     other = fp.datasets.arrays(blobs.x_train, blobs.y_train, name="other")
     with pytest.raises(fp.InvalidInput, match=r"'blobs'.*'other'"):
         fp.resume(out, other)
+    with pytest.raises(fp.InvalidInput, match="data must be Dataset"):
+        fp.resume(out, "blobs")  # type: ignore[arg-type]
     (out / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(fp.InvalidInput, match=r"model\.safetensors"):
         fp.resume(out, blobs)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,7 @@ def test_views_share_the_engine_s_memory(engine: str) -> None:
     assert np.isfinite(view).all()
 
 
+@pytest.mark.filterwarnings("ignore::pyflux_prune.LayerCollapse")
 @per_engine
 @given(
     widths=st.lists(st.integers(1, 12), min_size=2, max_size=5),
@@ -122,6 +124,7 @@ def test_prune_is_exact_monotone_and_final(
 
 
 @pytest.mark.julia
+@pytest.mark.filterwarnings("ignore::pyflux_prune.LayerCollapse")
 @per_engine
 @given(
     widths=st.lists(st.integers(1, 12), min_size=2, max_size=4),
@@ -150,6 +153,57 @@ def test_one_sparsity_per_layer(engine: str) -> None:
     assert net.layers[1].density == 0.25
 
 
+def samples(n: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(5)
+    return rng.normal(size=(n, 6)).astype(np.float32), np.arange(n) % classes
+
+
+def test_criteria_score_with_the_data_given(engine: str) -> None:
+    x, y = samples()
+    masks = []
+    for data in ((x, y), (x.astype(np.float64), y.astype(np.int32)), fp.datasets.arrays(x, y, x[:1], y[:1])):
+        net = fp.prune(fp.mlp([6, 9, 4], engine=engine), fp.Taylor(), sparsity=0.5, data=data)
+        masks.append(net.masks)
+    assert all(same(masks[0], other) for other in masks)
+    other = fp.prune(fp.mlp([6, 9, 4], engine=engine), fp.Taylor(), sparsity=0.5, data=(x, y[::-1].copy()))
+    assert not same(masks[0], other.masks)
+
+
+def test_a_structure_or_criterion_may_say_itself_how_much_goes(engine: str) -> None:
+    net = fp.prune(fp.mlp([8, 12, 4], engine=engine), structure=fp.NofM(2, 4))
+    assert all((m.reshape(-1, 4).sum(1) == 2).all() for m in net.masks)
+    net = fp.prune(fp.mlp([8, 12, 4], engine=engine), fp.Threshold(tau=0.3))
+    assert all((np.abs(la.weight[la.mask]) >= 0.3).all() for la in net.layers)
+
+
+def test_losing_a_layer_is_told(engine: str) -> None:
+    net = fp.mlp([6, 9, 4], engine=engine)
+    net.layers[1].weight[:] *= 100
+    with pytest.warns(fp.LayerCollapse, match=r"no weight in layer 0.*min_kept=1"):
+        fp.prune(net, sparsity=0.8)
+    net = fp.mlp([6, 9, 4], engine=engine)
+    net.layers[1].weight[:] *= 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fp.prune(net, sparsity=0.8, structure=fp.Global(min_kept=1))
+    assert net.masks[0].sum() == 1
+
+
+def test_a_compact_network_computes_the_same(engine: str) -> None:
+    net = fp.mlp([6, 9, 8, 4], activation="sigmoid", engine=engine)
+    for la in net.layers:
+        la.bias[:] = np.linspace(-1, 1, len(la.bias))
+    fp.prune(net, sparsity=0.5, structure=fp.Neurons())
+    fp.prune(net, sparsity=0.8)
+    before, small = arrays(net), net.compact()
+    assert same(before, arrays(net))
+    assert small.engine == engine
+    assert sum(w.size for w in small.weights) < sum(w.size for w in net.weights) / 2
+    assert sum(int(m.sum()) for m in small.masks) <= sum(int(m.sum()) for m in net.masks)
+    x, _ = samples()
+    np.testing.assert_allclose(small(x), net(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -162,6 +216,18 @@ def test_one_sparsity_per_layer(engine: str) -> None:
         ({"sparsity": [0.9, 0.01], "structure": fp.Layerwise()}, ["0.01", "pruned"]),
         ({"sparsity": 0.5, "structure": "global"}, ["structure", "'global'"]),
         ({"sparsity": 0.5, "saliency": "magnitude"}, ["saliency", "'magnitude'"]),
+        ({}, ["sparsity must be given"]),
+        ({"sparsity": 0.5, "saliency": fp.SNIP()}, ["data must be given", "SNIP"]),
+        ({"sparsity": 0.5, "saliency": fp.SNIP(per_class=11), "data": samples()}, ["11", "10"]),
+        ({"sparsity": 0.5, "saliency": fp.Activation(), "data": samples()}, ["Neurons", "Activation"]),
+        ({"sparsity": 0.5, "data": "digits"}, ["data", "'digits'"]),
+        ({"sparsity": 0.5, "data": samples()[0]}, ["data must be a Dataset, or inputs and labels"]),
+        ({"sparsity": 0.5, "data": (samples()[0][:, :5], samples()[1])}, ["data's x", "(samples, 6)"]),
+        ({"sparsity": 0.5, "data": (samples()[0] * np.nan, samples()[1])}, ["data's x", "finite"]),
+        ({"sparsity": 0.5, "data": samples(classes=5)}, ["data's y", "0 to 3", "4"]),
+        ({"sparsity": 0.5, "data": fp.datasets.arrays(*samples(classes=5))}, ["5 classes", "4 outputs"]),
+        ({"sparsity": 0.5, "structure": fp.NofM()}, ["multiple", "4", "6", "exclude"]),
+        ({"sparsity": 0.5, "structure": fp.Global(exclude=2)}, ["exclude", "2"]),
     ],
 )
 def test_bad_pruning_changes_nothing(engine: str, arguments: dict[str, object], names: list[str]) -> None:

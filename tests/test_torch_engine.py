@@ -11,16 +11,28 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import prune as torch_prune
+from torch_networks import (
+    arrays,
+    assert_close,
+    assert_pruned_are_zero,
+    assert_same,
+    build,
+    flat_masks,
+    make_data,
+    make_layers,
+    plant_nan,
+    pruned_model,
+    with_weights,
+)
 
 from pyflux_prune.choices import (
+    SET,
     Adam,
     AdamW,
     Descent,
@@ -30,16 +42,16 @@ from pyflux_prune.choices import (
     Momentum,
     Nesterov,
     Optimiser,
-    RandomSaliency,
+    Regrowth,
+    RigL,
     RMSProp,
-    Sparsity,
-    Structure,
 )
-from pyflux_prune.engines.base import ACTIVATIONS, Bool, Float, Int, Layer
+from pyflux_prune.engines.base import ACTIVATIONS, Layer
 from pyflux_prune.engines.torch import TorchEngine, TorchModel
 from pyflux_prune.errors import InvalidInput
 
-WIDTHS = (7, 6, 5, 3)
+pytestmark = pytest.mark.filterwarnings("ignore::pyflux_prune.errors.LayerCollapse")
+
 RULES = [
     Descent(0.1),
     Momentum(0.05, 0.9),
@@ -49,73 +61,6 @@ RULES = [
     Adam(0.01, (0.8, 0.99), 1e-3),
     AdamW(0.01, (0.7, 0.98), 0.1, 1e-3),
 ]
-
-
-def make_layers(widths: Sequence[int] = WIDTHS, activation: str = "tanh", bias: bool = True) -> list[Layer]:
-    rng = np.random.default_rng(0)
-    layers = []
-    for place, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        weight = rng.normal(size=(outputs, inputs)).astype(np.float32)
-        layers.append(
-            Layer(
-                name=str(2 * place),
-                weight=weight,
-                mask=np.ones(weight.shape, bool),
-                bias=rng.normal(size=outputs).astype(np.float32) if bias else None,
-                activation="identity" if place == len(widths) - 2 else activation,
-            )
-        )
-    return layers
-
-
-def with_weights(layers: Sequence[Layer], values: npt.NDArray[Any]) -> list[Layer]:
-    """The layers with these values as weights, taken in the order layer, output, input."""
-    parts = np.split(values.astype(np.float32), np.cumsum([layer.weight.size for layer in layers])[:-1])
-    return [
-        replace(layer, weight=part.reshape(layer.weight.shape)) for layer, part in zip(layers, parts, strict=True)
-    ]
-
-
-def make_data(samples: int = 40) -> tuple[Float, Int]:
-    rng = np.random.default_rng(1)
-    return rng.normal(size=(samples, WIDTHS[0])).astype(np.float32), rng.integers(0, WIDTHS[-1], samples)
-
-
-def build(layers: Sequence[Layer]) -> TorchModel:
-    return TorchEngine().build(layers)
-
-
-def pruned_model(sparsity: Sparsity = 0.5, **options: Any) -> TorchModel:
-    model = build(make_layers(**options))
-    model.prune(Magnitude(), sparsity, Global())
-    return model
-
-
-def plant_nan(model: TorchModel) -> None:
-    for layer in model.layers():
-        layer.weight[~layer.mask] = np.nan
-
-
-def arrays(model: TorchModel) -> list[Any]:
-    return [np.array(a) for layer in model.layers() for a in (layer.weight, layer.mask, layer.bias)]
-
-
-def assert_same(before: Sequence[Any], after: Sequence[Any]) -> None:
-    for one, other in zip(before, after, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def assert_close(actual: object, expected: object, rtol: float, atol: float = 0.0) -> None:
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=rtol, atol=atol)
-
-
-def assert_pruned_are_zero(model: TorchModel) -> None:
-    for layer in model.layers():
-        assert not layer.weight[~layer.mask].any()
-
-
-def flat_masks(model: TorchModel) -> Bool:
-    return np.concatenate([layer.mask.ravel() for layer in model.layers()])
 
 
 # --- layers, forward, gradients --------------------------------------------------------------------------
@@ -523,202 +468,281 @@ def test_read_only_data_are_used_without_copy_or_warning() -> None:
         model.loss_and_gradients(x, y)
 
 
-# --- pruning ---------------------------------------------------------------------------------------------
-
-sizes = st.lists(st.integers(1, 5), min_size=2, max_size=4)
-two_sparsities = st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)).map(sorted)
-structures = st.sampled_from([Global(), Layerwise()])
-
-
-@st.composite
-def distinct_layers(draw: st.DrawFn) -> list[Layer]:
-    """Layers of weights that all differ in magnitude, where no rule for ties is needed."""
-    layers = make_layers(draw(sizes))
-    n = sum(layer.weight.size for layer in layers)
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return with_weights(layers, (rng.permutation(n) + 1) / n * rng.choice([-1, 1], n))
-
-
-@st.composite
-def tied_layers(draw: st.DrawFn) -> list[Layer]:
-    layers = make_layers(draw(sizes))
-    n = sum(layer.weight.size for layer in layers)
-    return with_weights(layers, np.array(draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n))))
-
-
-@settings(deadline=None, max_examples=40)
-@given(layers=distinct_layers(), steps=two_sparsities)
-def test_layerwise_masks_are_those_of_l1_unstructured(layers: list[Layer], steps: list[float]) -> None:
-    model = build(layers)
-    peers = [nn.Linear(*layer.weight.shape[::-1]) for layer in layers]
-    gone = [0] * len(layers)
-    for peer, layer in zip(peers, layers, strict=True):
-        peer.weight.data = torch.tensor(layer.weight)
-    for step, sparsity in enumerate(steps):
-        model.prune(Magnitude(), sparsity, Layerwise())
-        for i, peer in enumerate(peers):
-            target = round(sparsity * layers[i].weight.size)
-            amount = target - gone[i] if step else sparsity
-            torch_prune.l1_unstructured(peer, "weight", amount)  # type: ignore[no-untyped-call]
-            gone[i] = target
-            np.testing.assert_array_equal(model.layers()[i].mask, peer.get_buffer("weight_mask").bool())
-
-
-@settings(deadline=None, max_examples=40)
-@given(layers=distinct_layers(), steps=two_sparsities)
-def test_global_masks_are_those_of_global_unstructured(layers: list[Layer], steps: list[float]) -> None:
-    model = build(layers)
-    peers = [nn.Linear(*layer.weight.shape[::-1]) for layer in layers]
-    for peer, layer in zip(peers, layers, strict=True):
-        peer.weight.data = torch.tensor(layer.weight)
-    n = sum(layer.weight.size for layer in layers)
-    for step, sparsity in enumerate(steps):
-        model.prune(Magnitude(), sparsity, Global())
-        amount = round(sparsity * n) - round(steps[0] * n) if step else sparsity
-        torch_prune.global_unstructured(
-            [(peer, "weight") for peer in peers], torch_prune.L1Unstructured, amount=amount
-        )
-        for layer, peer in zip(model.layers(), peers, strict=True):
-            np.testing.assert_array_equal(layer.mask, peer.get_buffer("weight_mask").bool())
-
-
-@settings(deadline=None, max_examples=60)
-@given(layers=tied_layers(), steps=two_sparsities, structure=structures)
-def test_exactly_the_lowest_scores_go_and_ties_go_by_position(
-    layers: list[Layer], steps: list[float], structure: Structure
-) -> None:
-    model = build(layers)
-    group = np.repeat(range(len(layers)), [layer.weight.size for layer in layers])
-    if structure == Global():
-        group[:] = 0
-    magnitude = np.concatenate([np.abs(layer.weight).ravel() for layer in layers])
-    keep = np.ones(len(group), bool)
-    for sparsity in steps:
-        for g in set(group):
-            members = [int(i) for i in np.flatnonzero(group == g)]
-            pruned = round(sparsity * len(members)) - sum(not keep[i] for i in members)
-            lowest = sorted((i for i in members if keep[i]), key=lambda i: (magnitude[i], i))
-            keep[lowest[:pruned]] = False
-        model.prune(Magnitude(), sparsity, structure)
-        np.testing.assert_array_equal(flat_masks(model), keep)
-        assert_pruned_are_zero(model)
-        before = arrays(model)
-        model.prune(Magnitude(), sparsity, structure)
-        assert_same(before, arrays(model))
-
-
-def test_equal_weights_are_pruned_by_layer_then_output_then_input() -> None:
-    layers = make_layers((3, 2, 2))
-    model = build(with_weights(layers, np.ones(10)))
-    for pruned in range(10):
-        model.prune(Magnitude(), pruned / 10, Global())
-        np.testing.assert_array_equal(flat_masks(model), np.arange(10) >= pruned)
-
-
-@pytest.mark.parametrize(("sparsity", "pruned"), [(0.05, 0), (0.15, 2), (0.25, 2), (0.35, 4), (0.349, 3)])
-def test_the_count_rounds_half_to_even(sparsity: float, pruned: int) -> None:
-    model = build(make_layers((5, 2)))
-    model.prune(Magnitude(), sparsity, Global())
-    assert np.sum(~flat_masks(model)) == pruned
-
-
-def test_layerwise_takes_one_sparsity_per_layer() -> None:
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_new_learning_rate_acts_as_in_the_equations_of_optimisers_jl(rule: Optimiser) -> None:
+    x, y = map(torch.from_numpy, make_data())
     model = build(make_layers())
-    model.prune(Magnitude(), (0.5, 0.0, 0.8), Layerwise())
-    assert [int((~layer.mask).sum()) for layer in model.layers()] == [21, 0, 12]
+    model.start(rule)
+    module, linears = plain_network()
+    memories: list[dict[str, Tensor]] = [{} for _ in module.parameters()]
+    for step in range(12):
+        eta = rule.eta * (1, 0.1, 0.5, 1.2)[step // 3]
+        model.adjust(eta)
+        batch = np.arange(3 * step, 3 * step + 3)
+        model.train(x.numpy(), y.numpy(), batch, 3)
+        loss = cross_entropy(module(x[batch]), y[batch])
+        for parameter, memory, g in zip(
+            module.parameters(), memories, torch.autograd.grad(loss, list(module.parameters())), strict=True
+        ):
+            parameter.data = optimisers_jl(replace(rule, eta=eta), memory, parameter.detach(), g)
+    for layer, linear in zip(model.layers(), linears, strict=True):
+        assert_close(layer.weight, linear.weight.detach(), rtol=1e-4, atol=1e-5)
+        assert_close(layer.bias, linear.bias.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_kept_weights_keep_their_values() -> None:
-    model = pruned_model(0.7)
-    for layer, before in zip(model.layers(), make_layers(), strict=True):
-        np.testing.assert_array_equal(layer.weight, np.where(layer.mask, before.weight, 0))
-        np.testing.assert_array_equal(layer.bias, before.bias)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_same_learning_rate_again_changes_nothing(rule: Optimiser) -> None:
+    x, y = make_data()
+    model, twin = build(make_layers()), build(make_layers())
+    for each in (model, twin):
+        each.start(rule)
+    for start in range(0, 40, 8):
+        model.adjust(rule.eta)
+        for each in (model, twin):
+            each.train(x, y, np.arange(start, start + 8), 4)
+    assert_same(arrays(model), arrays(twin))
 
 
-def test_magnitude_scores_are_absolute_weights() -> None:
+def test_a_learning_rate_far_below_the_first_does_not_overflow() -> None:
+    x, y = make_data()
+    model = build(make_layers())
+    model.start(Momentum(0.1, 0.9))
+    for epoch in range(60):
+        model.adjust(0.1 * 0.1**epoch)
+        model.train(x, y, np.arange(len(y)), len(y))
+    assert all(np.isfinite(a).all() for a in arrays(model))
+
+
+def test_adjusting_before_start_is_refused() -> None:
+    with pytest.raises(AssertionError, match="start comes before adjust"):
+        build(make_layers()).adjust(0.1)
+
+
+# --- regrowth --------------------------------------------------------------------------------------------
+
+
+def dense_gradients(model: TorchModel) -> list[Tensor]:
+    """Of the mean cross-entropy, in all weights, pruned or not, in float64."""
+    x, y = map(torch.from_numpy, make_data())
+    weights = [torch.tensor(layer.weight, dtype=torch.float64, requires_grad=True) for layer in model.layers()]
+    h = x.double()
+    for layer, weight in zip(model.layers(), weights, strict=True):
+        h = h @ weight.T + torch.from_numpy(layer.bias)
+        h = h if layer.activation == "identity" else h.tanh()
+    return list(torch.autograd.grad(cross_entropy(h, y), weights))
+
+
+@pytest.mark.parametrize("method", [RigL(), SET(seed=3)], ids=str)
+@pytest.mark.parametrize(("sparsity", "fraction"), [(0.5, 0.3), (0.8, 0.25), (0.1, 0.9), (0.5, 0.01)])
+def test_the_smallest_weights_give_way_to_as_many_that_begin_at_0(
+    method: Regrowth, sparsity: float, fraction: float
+) -> None:
+    model = pruned_model(sparsity)
+    before = [replace(la, weight=la.weight.copy(), mask=la.mask.copy()) for la in model.layers()]
+    gradients = dense_gradients(model)
+    model.regrow(method, fraction, make_data())
+    for old, new, g in zip(before, model.layers(), gradients, strict=True):
+        gone, grown = old.mask & ~new.mask, new.mask & ~old.mask
+        count = min(round(fraction * old.mask.sum()), int((~old.mask).sum()))
+        assert gone.sum() == grown.sum() == count
+        stays = old.mask & new.mask
+        assert count in (0, old.mask.sum()) or abs(old.weight)[gone].max() <= abs(old.weight)[stays].min()
+        np.testing.assert_array_equal(new.weight, np.where(stays, old.weight, 0))
+        idle = ~old.mask & ~new.mask
+        if isinstance(method, RigL) and count and idle.any():
+            assert abs(g.numpy())[grown].min() >= abs(g.numpy())[idle].max()
+
+
+def test_ties_of_regrowth_go_by_position() -> None:
+    layers = [
+        replace(la, mask=np.arange(la.mask.size).reshape(la.mask.shape) % 2 == 1) for la in make_layers((6, 4))
+    ]
+    model = build(with_weights(layers, np.ones(24)))
+    x, y = make_data()
+    model.regrow(RigL(), 0.25, (np.zeros_like(x[:, :6]), y))  # no gradient in any weight
+    assert flat_masks(model).nonzero()[0].tolist() == [0, 2, 4, 7, 9, 11, 13, 15, 17, 19, 21, 23]
+
+
+def test_random_growth_depends_on_the_seed_alone() -> None:
+    masks = []
+    for seed in (3, 3, 4):
+        model = pruned_model()
+        model.regrow(SET(seed=seed), 0.5, make_data())
+        masks.append(flat_masks(model))
+        torch.rand(1)
+    np.testing.assert_array_equal(masks[0], masks[1])
+    assert (masks[0] != masks[2]).any()
+
+
+@pytest.mark.parametrize("method", [RigL(), SET()], ids=str)
+def test_regrowth_has_nothing_to_do_in_a_dense_network(method: Regrowth) -> None:
     model = build(make_layers())
     before = arrays(model)
-    for values, layer in zip(model.scores(Magnitude()), model.layers(), strict=True):
-        assert values.dtype == np.float32
-        np.testing.assert_array_equal(values, np.abs(layer.weight))
-        values[:] = -1  # a copy
+    model.regrow(method, 0.5, make_data())
     assert_same(before, arrays(model))
 
 
-def test_random_scores_depend_on_the_seed_alone() -> None:
-    model, other = build(make_layers()), build(make_layers(activation="relu", bias=False))
-    torch.manual_seed(5)
-    first = model.scores(RandomSaliency(3))
-    torch.manual_seed(6)
-    assert_same(first, other.scores(RandomSaliency(3)))
-    assert [values.shape for values in first] == [layer.weight.shape for layer in model.layers()]
-    assert all(values.dtype == np.float32 and (values >= 0).all() and (values < 1).all() for values in first)
-    assert not np.array_equal(first[0], model.scores(RandomSaliency(4))[0])
-    assert not np.array_equal(first[0].ravel()[:30], first[1].ravel())
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_neither_what_grows_nor_what_gives_way_has_memory(rule: Optimiser) -> None:
+    x, y = make_data()
+    model = build(make_layers())
+    model.start(rule)
+    model.train(x, y, np.arange(len(y)), 4)
+    model.load(pruned_model().layers())  # masks, but not the memory
+    first = model.layers()[0]
+    before = first.mask.copy()
+    model.regrow(RigL(), 0.3, (x, y))
+    changed = first.mask != before
+    assert changed.any()
+    first.mask[changed] = True
+    model.train(np.zeros_like(x), y, np.arange(8), 4)  # no gradient in the first layer's weights
+    assert not first.weight[changed].any()
 
 
-def test_random_pruning_with_one_seed_nests() -> None:
-    step, leap = build(make_layers()), build(make_layers())
-    step.prune(RandomSaliency(3), 0.3, Global())
-    step.prune(RandomSaliency(3), 0.8, Global())
-    leap.prune(RandomSaliency(3), 0.8, Global())
-    assert_same(arrays(step), arrays(leap))
+def test_what_grows_is_trained() -> None:
+    x, y = make_data()
+    model = pruned_model()
+    before = [la.mask.copy() for la in model.layers()]
+    model.start(Adam(0.01))
+    model.regrow(RigL(), 0.3, (x, y))
+    model.train(x, y, np.arange(len(y)), 4)
+    for old, layer in zip(before, model.layers(), strict=True):
+        assert (layer.weight[layer.mask & ~old] != 0).all()
+    assert_pruned_are_zero(model)
 
 
-def spoil_last_layer(model: TorchModel) -> None:
+def test_regrowth_by_nan_is_refused_and_changes_nothing() -> None:
+    model = pruned_model()
     last = model.layers()[-1]
     last.weight[np.unravel_index(np.argmax(last.mask), last.mask.shape)] = np.nan
-
-
-@pytest.mark.parametrize(
-    ("sparsity", "structure", "spoil", "message"),
-    [
-        ((0.6, 0.6, 0.6), Global(), None, r"sparsity must be one number .* not \(0\.6, 0\.6, 0\.6\)"),
-        ((0.6, 0.6), Layerwise(), None, "one number or one per layer, 3 here, not 2 numbers"),
-        (0.3, Global(), None, "0.3 of the network means 26 of 87 weights pruned, but 44 are already"),
-        ((0.9, 0.9, 0.1), Layerwise(), None, "0.1 of layer 4 means 2 of 15 weights pruned, but"),
-        (0.9, Global(), spoil_last_layer, "layer 4 cannot be pruned: scores of its weights are NaN"),
-        ((0.9, 0.9, 0.9), Layerwise(), spoil_last_layer, "layer 4 cannot be pruned"),
-    ],
-)
-def test_pruning_that_cannot_be_done_says_why_and_changes_nothing(
-    sparsity: Sparsity, structure: Structure, spoil: Any, message: str
-) -> None:
-    model = pruned_model(0.5)
-    if spoil:
-        spoil(model)
     before = arrays(model)
-    with pytest.raises(InvalidInput, match=message):
-        model.prune(Magnitude(), sparsity, structure)
+    with pytest.raises(InvalidInput, match="layer 4 cannot be regrown"):
+        model.regrow(SET(), 0.3, make_data())
+    with pytest.raises(InvalidInput, match="cannot be regrown"):
+        model.regrow(RigL(), 0.3, make_data())
     assert_same(before, arrays(model))
 
 
-def test_a_failed_pruning_leaves_the_training_as_it_was() -> None:
-    x, y = make_data()
-    order = np.arange(len(y))
-    model, twin = pruned_model(), pruned_model()
-    for each in (model, twin):
-        each.start(Adam())
-        each.train(x, y, order, 4)
-    with pytest.raises(InvalidInput, match="the network"):
-        model.prune(Magnitude(), 0.1, Global())
-    assert_same([model.train(x, y, order, 4), *arrays(model)], [twin.train(x, y, order, 4), *arrays(twin)])
+def test_an_unknown_regrowth_is_named() -> None:
+    with pytest.raises(InvalidInput, match=r"regrowth must be .* not 'weeds'"):
+        pruned_model().regrow("weeds", 0.3, make_data())  # type: ignore[arg-type]
 
 
-def test_nan_where_weights_are_pruned_is_no_obstacle() -> None:
-    model = pruned_model(0.5)
-    plant_nan(model)
-    model.prune(Magnitude(), 0.8, Global())
-    assert_same(arrays(model), arrays(pruned_model(0.8)))
+# --- compact networks ------------------------------------------------------------------------------------
 
 
-def test_infinite_weights_go_last() -> None:
+def masked(layers: Sequence[Layer], *masks: object) -> TorchModel:
+    return build([replace(la, mask=np.array(mask, bool)) for la, mask in zip(layers, masks, strict=True)])
+
+
+def shapes(model: TorchModel) -> list[tuple[int, ...]]:
+    return [layer.mask.shape for layer in model.layers()]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    widths=st.lists(st.integers(1, 5), min_size=2, max_size=5),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+)
+def test_a_compact_network_gives_the_same_and_every_neuron_counts(
+    widths: list[int], density: float, seed: int, activation: str, bias: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    layers = [
+        replace(la, mask=rng.random(la.mask.shape) < density)
+        for la in make_layers(widths, activation=activation, bias=bias)
+    ]
+    model = build(layers)
+    before, x = arrays(model), rng.normal(size=(9, widths[0])).astype(np.float32)
+    small = model.compact()
+    assert_close(small.forward(x), model.forward(x), rtol=1e-4, atol=1e-5)
+    assert_same(before, arrays(model))
+    assert shapes(small)[0][1] == widths[0]
+    assert shapes(small)[-1][0] == widths[-1]
+    for here, after in itertools.pairwise(small.layers()):
+        alive = here.mask.any(1) & after.mask.any(0)
+        assert alive.all() or len(alive) == 1
+    again = small.compact()
+    assert shapes(again) == shapes(small)
+    assert_same(arrays(again), arrays(small))
+
+
+def test_a_dense_network_is_compact() -> None:
     model = build(make_layers())
-    model.layers()[0].weight[0, 0] = -np.inf
-    model.prune(Magnitude(), 0.98, Global())
-    assert model.layers()[0].mask[0, 0]
+    assert_same(arrays(model.compact()), arrays(model))
+    alone = pruned_model(widths=(7, 4))
+    assert_same(arrays(alone.compact()), arrays(alone))
 
 
-def test_an_unknown_saliency_is_named() -> None:
-    with pytest.raises(InvalidInput, match=r"saliency must be .* not 'weightiest'"):
-        build(make_layers()).scores("weightiest")  # type: ignore[arg-type]
+def test_neurons_without_inputs_become_biases_of_the_next_layer() -> None:
+    layers = make_layers((2, 3, 2), activation="tanh")
+    model = masked(layers, [[1, 1], [0, 0], [1, 0]], np.ones((2, 3)))
+    small = model.compact()
+    first, last = small.layers()
+    np.testing.assert_array_equal(first.weight, model.layers()[0].weight[[0, 2]])
+    np.testing.assert_array_equal(first.mask, [[True, True], [True, False]])
+    np.testing.assert_array_equal(last.weight, layers[1].weight[:, [0, 2]])
+    assert layers[0].bias is not None
+    assert layers[1].bias is not None
+    expected = layers[1].bias + layers[1].weight[:, 1] * np.tanh(layers[0].bias[1])
+    assert_close(last.bias, expected, rtol=1e-6)
+
+
+def test_a_neuron_fed_by_constants_alone_is_a_constant_too() -> None:
+    layers = make_layers((2, 2, 2, 1), activation="sigmoid")
+    model = masked(layers, [[1, 1], [0, 0]], [[1, 1], [0, 1]], [[1, 1]])
+    small = model.compact()
+    assert shapes(small) == [(1, 2), (1, 1), (1, 1)]
+    b, w = [la.bias for la in layers], [la.weight for la in layers]
+    inner = 1 / (1 + np.exp(-b[0][1]))
+    outer = 1 / (1 + np.exp(-b[1][1] - w[1][1, 1] * inner))
+    assert_close(small.layers()[1].bias, b[1][:1] + w[1][0, 1] * inner, rtol=1e-6)
+    assert_close(small.layers()[2].bias, b[2] + w[2][0, 1] * outer, rtol=1e-6)
+
+
+def test_neurons_without_outputs_go_and_those_that_only_they_used() -> None:
+    layers = make_layers((2, 2, 2, 1))
+    model = masked(layers, np.ones((2, 2)), [[1, 0], [0, 1]], [[1, 0]])
+    small = model.compact()
+    assert shapes(small) == [(1, 2), (1, 1), (1, 1)]
+    assert_same(arrays(small)[1::3], [np.ones(shape) for shape in shapes(small)])
+    assert_same([small.layers()[0].bias, small.layers()[1].bias], [layers[0].bias[:1], layers[1].bias[:1]])
+
+
+@pytest.mark.parametrize(("activation", "gets"), [("sigmoid", True), ("tanh", False)])
+def test_a_layer_gets_a_bias_where_a_constant_asks_for_it(activation: str, gets: bool) -> None:
+    layers = make_layers((2, 2, 3), activation=activation, bias=False)
+    small = masked(layers, [[1, 1], [0, 0]], np.ones((3, 2))).compact()
+    assert [la.bias is not None for la in small.layers()] == [False, gets]
+    if gets:
+        assert_close(small.layers()[1].bias, layers[1].weight[:, 1] / 2, rtol=1e-6)
+
+
+def test_one_neuron_of_a_collapsed_layer_stays() -> None:
+    layers = make_layers((3, 4, 4, 2))
+    x = make_data()[0][:, :3].copy()
+    for place in range(3):
+        masks = [np.full(la.mask.shape, i != place) for i, la in enumerate(layers)]
+        model = masked(layers, *masks)
+        small = model.compact()
+        assert 1 in [len(la.weight) for la in small.layers()[:-1]]
+        if place < 2:  # the first
+            np.testing.assert_array_equal(small.layers()[place].bias, layers[place].bias[:1])
+        assert_close(small.forward(x), model.forward(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compact_network_is_one_of_its_own_that_can_be_trained() -> None:
+    x, y = make_data()
+    model = pruned_model(0.8)
+    model.start(Adam())
+    before = arrays(model)
+    small = model.compact()
+    small.start(Adam())
+    losses = small.train(x, y, np.arange(len(y)), 4)
+    assert np.isfinite(losses).all()
+    assert_same(before, arrays(model))
+    small.prune(Magnitude(), 0.9, Global())
+    assert_pruned_are_zero(small)

@@ -8,8 +8,8 @@ using MLUtils: BatchView, obsview
 using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
-using PrunableFlux: PrunableFlux, Global, Layerwise, Magnitude, PrunableDense, evaluate, mask!, prune!, prunables, saliency,
-                    step!, zero_pruned!
+using PrunableFlux: PrunableFlux, Global, Layerwise, Prunable, PrunableDense, evaluate, mask!, prunables, prune_silently!,
+                    saliency, step!, zero_pruned!
 import PythonCall
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
@@ -60,13 +60,30 @@ function loss_and_gradients(model, x, features, y, n)
 end
 
 setup(model, rule) = Flux.setup(rule, model)
+adjust(opt, eta) = (Optimisers.adjust!(opt, eta); nothing)
 
-prune(model, criterion, sparsity, structure, opt) = (prune!(model, criterion; sparsity, structure, opt); nothing)
+"Samples for a criterion, which may be none."
+given(model, x, features, y, n) = iszero(n) ? () : (samples(model, x, features, y, n),)
+
+scores(model, criterion, data...) = map(Array, saliency(criterion, model, given(model, data...)...))
+
+# Python gives the warning about layers without weights itself.
+function prune(model, criterion, sparsity, structure, opt, data...)
+    prune_silently!(model, criterion, given(model, data...)...; sparsity, structure, opt)
+    return nothing
+end
+
+function regrow(model, method, fraction, opt, data...)
+    PrunableFlux.regrow!(method, model, samples(model, data...); fraction, opt)
+    return nothing
+end
+
+compact(model) = network(prunables(PrunableFlux.compact(model))...)
 
 "A training run over given batches that can be left and taken up again between two steps."
 mutable struct Steps{M,O,B}
     const model::M
-    const layers::Vector{PrunableDense}
+    const layers::Vector{Prunable}
     const opt::O
     const batches::B
     const losses::Vector{Float32}
@@ -104,9 +121,11 @@ end
         steps = Steps(model, opt, at(x), 3, at(y), 12, at(order), 12, 5)
         advance!(steps, 0.2), length(steps.losses)
         for structure in (Global(), Layerwise())
-            prune(model, choice("Magnitude"), 0.2, structure, opt)
+            prune(model, choice("Magnitude"), 0.2, structure, opt, 0, 0, 0, 0)
         end
-        saliency(Magnitude(), model)
+        for name in ("Magnitude", "Taylor", "SynFlow", "OBD", "Wanda")
+            scores(model, choice(name), at(x), 3, at(y), 12)
+        end
         forward(model, at(x), 3, 12), score(model, at(x), 3, at(y), 12), loss_and_gradients(model, at(x), 3, at(y), 12)
     end
 end

@@ -1,10 +1,11 @@
 """
-    prune!(model, criterion, batch...; sparsity, structure = Global(), opt = nothing)
+    prune!(model, criterion, [data]; sparsity, structure = Global(), opt = nothing)
 
 Prune `model` to `sparsity`: exactly `round(sparsity * n)` of each `n` competing weights, lowest
 [`saliency`](@ref) first, are masked and set to 0 (see [`PrunableFlux.select`](@ref) for the rule and the
-errors). Pass the optimiser state as `opt` to prune in the middle of training: its memory of the pruned
-weights is cleared. If anything is wrong, nothing has changed.
+errors). `data` is the pair `(x, y)` that a criterion may need. The sparsity may be left out with [`Threshold`](@ref)
+and [`NofM`](@ref). Pass the optimiser state as `opt` to prune in the middle of training: its memory of the pruned
+weights is cleared. If anything is wrong, nothing has changed. Warns if a layer has lost all its weights.
 
 # Examples
 ```jldoctest
@@ -21,26 +22,77 @@ julia> density.(prunables(model)) ≈ [0.05, 0.08]
 true
 ```
 """
-function prune!(model, criterion, batch...; sparsity, structure = Global(), opt = nothing)
-    layers = prunables(model)
-    scores = map(Array, saliency(criterion, model, batch...))
-    masks = select(structure, scores, [Array(layer.mask) for layer in layers], sparsity)
-    foreach((layer, mask) -> copyto!(layer.mask, mask), layers, masks)
+function prune!(model, criterion, data...; kwargs...)
+    before = host_masks(model)
+    prune_silently!(model, criterion, data...; kwargs...)
+    for (i, (was, is)) in enumerate(zip(before, host_masks(model)))
+        any(was) && !any(is) && @warn "pruning left no weight in the $(ordinal(i)) layer, so that the outputs no longer depend on the \
+            inputs; min_kept = 1 in the structure keeps one"
+    end
+    return model
+end
+
+"The masks on the host, as [`canonical`](@ref) arrays."
+host_masks(model) = [convert(Array{Bool}, canonical(layer, layer.mask)) for layer in prunables(model)]
+
+function prune_silently!(model, criterion, data...; sparsity = nothing, structure = Global(), opt = nothing)
+    of_neurons(criterion) && !(structure isa Neurons) && throw(ArgumentError(
+        "structure must be Neurons with $(nameof(typeof(criterion))), which scores neurons"))
+    masks = host_masks(model)
+    match = contest(structure, masks, sparsity)
+    structure isa Neurons && sequence(model)
+    isnothing(match.keep) && return apply!(model, opt, prune_step!(model, criterion, data, structure, masks, match, nothing))
+    steps, kept = iterations(criterion), [sum(count, at(match.units, places)) for places in match.groups]
+    work = steps == 1 ? model : deepcopy(model) # so that nothing has changed if a later step fails
+    for step in 1:steps
+        now = Contest(competitors(structure, masks), match.layers, match.groups, match.keep)
+        keep = step == steps ? match.keep : round.(Int, kept .* (match.keep ./ max.(kept, 1)) .^ (step / steps))
+        masks = prune_step!(work, criterion, data, structure, masks, now, keep)
+    end
+    work === model || Flux.loadmodel!(model, work)
+    return apply!(model, opt, masks)
+end
+
+"Score, select, let the survivors make up for it, and mask; return the new masks."
+function prune_step!(model, criterion, data, structure, masks, match, keep)
+    scores = map(host_scores, prunables(model), saliency(criterion, model, data...))
+    isnothing(keep) && (keep = above_cutoff(criterion, structure, scores, match))
+    new = select(structure, scores, masks, match, keep)
+    compensate!(criterion, model, map(native, prunables(model), masks), map(native, prunables(model), new), data...)
+    apply!(model, nothing, new)
+    return new
+end
+
+function apply!(model, opt, masks)
+    foreach((layer, mask) -> copyto!(layer.mask, native(layer, mask)), prunables(model), masks)
     mask!(model)
     isnothing(opt) || mask!(opt, model)
     return model
 end
 
+host_scores(layer, scores) = scores isa AbstractVector ? Array(scores) : canonical(layer, scores)
+
+"How many each group keeps if all that scores below the criterion's own cutoff goes, but for what is protected."
+function above_cutoff(criterion, structure, scores, match)
+    cut = cutoff(criterion)
+    isnothing(cut) || structure isa Neurons && (cut = nothing)
+    isnothing(cut) && throw(ArgumentError(
+        "sparsity must be given with $(nameof(typeof(criterion))) and $(nameof(typeof(structure)))"))
+    stays = map((score, unit) -> unit .& (score .>= cut) .| protected(score, unit, structure.min_kept), scores, match.units)
+    return [sum(count, at(stays, places)) for places in match.groups]
+end
+
 """
     iterative_prune!(model, train, test; saliency = Magnitude(), structure = Global(),
                      schedule = Exponential(rate = 0.2, rounds = 12), finetune = Rewind(),
-                     training = Training(), rng = Random.default_rng()) -> history
+                     training = Training(), pretrain = true, rng = Random.default_rng()) -> history
 
 Train `model`, then in each round of the schedule prune it, restart the survivors as `finetune` says, and train
 again; with `finetune = nothing`, prune without training again. `train` and `test` are `(x, y)` pairs, `x` of
 size `(features..., n)` and `y` one-hot `(classes, n)`, or iterators of such batches, as `Flux.DataLoader`; a
 pair is shuffled anew in each epoch with `rng`. Every round begins with an empty optimiser memory. Criteria
-that need data get the first batch of `train`.
+that need data get the pair, or the first batch. With `pretrain = false` the dense network is not trained before it is
+pruned, as criteria for networks at initialisation want it.
 
 Returns a vector of named tuples, which is a Tables.jl table, one row for the dense network (round 0) and one
 per round: `round`, `sparsity`, `nonzero` (kept weights), `loss` and `accuracy` on `test`, `layers` (the density
@@ -66,37 +118,48 @@ julia> [row.sparsity for row in history]
 """
 function iterative_prune!(model, train, test; saliency = Magnitude(), structure = Global(),
                           schedule = Exponential(rate = 0.2, rounds = 12), finetune = Rewind(),
-                          training = Training(), rng::AbstractRNG = Random.default_rng())
+                          training = Training(), pretrain = true, rng::AbstractRNG = Random.default_rng())
     targets = sparsities(schedule)
     batches = as_batches(train, training.batchsize; shuffle = true, rng)
-    copy_at = origin_step(finetune)
-    0 <= copy_at && (copy_at == 0 || copy_at <= training.epochs * length(batches)) || throw(ArgumentError(
-        "finetune must rewind to one of the $(training.epochs * length(batches)) training steps, not $copy_at"))
-    to_drop(structure, [layer.mask for layer in prunables(model)], first(targets))
-    started = time()
-    origin = fit!(model, batches, training; copy_at)
+    steps, copy_at = pretrain ? training.epochs * length(batches) : 0, origin_step(finetune)
+    0 <= copy_at <= steps || throw(ArgumentError(
+        "finetune must rewind to one of the $steps training steps, not $copy_at"))
+    contest(structure, host_masks(model), first(targets))
+    started, data = time(), samples(train)
+    origin = pretrain ? fit!(model, batches, training; copy_at) : deepcopy(model)
     history = [report(model, test, training, 0, started)]
     for (round, target) in enumerate(targets)
         started = time()
-        prune!(model, saliency, first(batches); sparsity = target, structure)
+        prune!(model, saliency, data; sparsity = target, structure)
         restart!(finetune, model, origin, rng)
-        isnothing(finetune) || fit!(model, batches, training)
+        isnothing(finetune) || fit!(model, batches, training; finetune)
         push!(history, report(model, test, training, round, started))
     end
     return history
 end
 
-"Train for `training.epochs`; return a copy of the model as it was after `copy_at` steps."
-function fit!(model, batches, training; copy_at = nothing)
-    opt = Flux.setup(training.optimiser, model)
-    stream = Iterators.Stateful(Iterators.flatten(Iterators.repeated(batches, training.epochs)))
-    if isnothing(copy_at)
-        train_masked!(training.loss, model, stream, opt)
-        return nothing
+"The samples that a criterion gets: all, or the first batch where they come in batches."
+samples(train::Tuple{AbstractArray,AbstractArray}) = train
+samples(train) = first(train)
+
+"""
+    fit!(model, batches, training; finetune = nothing, copy_at = nothing, between! = Returns(nothing))
+
+Train for `training.epochs` at the learning rates that `finetune` calls for, with `between!(step, opt, x, y)` before each
+step but the first, where `step` are done; return a copy of the model as it was after `copy_at` steps.
+"""
+function fit!(model, batches, training; finetune = nothing, copy_at = nothing, between! = nothing)
+    opt, layers = Flux.setup(training.optimiser, model), prunables(model)
+    origin, step = copy_at == 0 ? deepcopy(model) : nothing, 0
+    for epoch in 1:(training.epochs)
+        adjust_rate!(opt, training, rate_epoch(finetune, training, epoch))
+        for (x, y) in batches
+            step == 0 || isnothing(between!) || between!(step, opt, x, y)
+            step!(training.loss, model, layers, opt, x, y)
+            step += 1
+            step == copy_at && (origin = deepcopy(model))
+        end
     end
-    train_masked!(training.loss, model, Iterators.take(stream, copy_at), opt)
-    origin = deepcopy(model)
-    train_masked!(training.loss, model, stream, opt)
     return origin
 end
 
@@ -105,4 +168,39 @@ function report(model, test, training, round, started)
     layers = prunables(model)
     return (; round, sparsity = sparsity(model), nonzero = sum(layer -> count(layer.mask), layers),
             loss, accuracy, layers = map(density, layers), seconds = time() - started)
+end
+
+"""
+    gradual_prune!(model, train, test; every, saliency = Magnitude(), structure = Global(),
+                   schedule = Polynomial(sparsity = 0.8, rounds = 10), training = Training(),
+                   rng = Random.default_rng()) -> history
+
+Prune inside one training run (Zhu & Gupta 2017, arXiv:1710.01878): after every `every` steps to the next sparsity of the
+schedule, with the optimiser's memory going on. Data and history are as in [`iterative_prune!`](@ref); each row is what
+`every` steps of training after a pruning have made, the last one what training to its end has.
+
+Throws `ArgumentError`, before anything is trained, for what `iterative_prune!` rejects, and if training has too few
+steps for the schedule.
+"""
+function gradual_prune!(model, train, test; every, saliency = Magnitude(), structure = Global(),
+                        schedule = Polynomial(sparsity = 0.8, rounds = 10), training = Training(),
+                        rng::AbstractRNG = Random.default_rng())
+    targets = sparsities(schedule)
+    batches = as_batches(train, training.batchsize; shuffle = true, rng)
+    steps = training.epochs * length(batches)
+    every >= 1 && every * length(targets) < steps || throw(ArgumentError(
+        "every must be 1 to $(cld(steps, length(targets)) - 1) for $(length(targets)) prunings in $steps steps, not $every"))
+    contest(structure, host_masks(model), first(targets))
+    history, data, started = NamedTuple[], samples(train), time()
+    tell() = push!(history, report(model, test, training, length(history), started))
+    function between!(step, opt, x, y)
+        step % every == 0 && step <= every * length(targets) || return nothing
+        tell()
+        started = time()
+        prune!(model, saliency, data; sparsity = targets[step ÷ every], structure, opt)
+        return nothing
+    end
+    fit!(model, batches, training; between!)
+    tell()
+    return identity.(history)
 end

@@ -1,9 +1,18 @@
 """
     Continue()
 
-The survivors keep their trained values and are trained on (Han et al. 2015, arXiv:1506.02626).
+The survivors keep their trained values and are trained on (Han et al. 2015, arXiv:1506.02626), at the learning rate of
+the last epoch of the first training.
 """
 struct Continue end
+
+"""
+    LearningRateRewind()
+
+The survivors keep their trained values, and the learning rate starts again as in the first training (Renda, Frankle &
+Carbin 2020, arXiv:2003.02389). The same as [`Continue`](@ref) where [`Training`](@ref) has no `decay`.
+"""
+struct LearningRateRewind end
 
 """
     Rewind(; to = 0)
@@ -31,16 +40,21 @@ end
 Set `model` to where its survivors restart from, masks untouched. `origin` is a copy of the model as it was
 after [`origin_step`](@ref)`(finetune)` steps.
 """
-restart!(::Union{Continue,Nothing}, model, origin, rng) = model
+restart!(::Union{Continue,LearningRateRewind,Nothing}, model, origin, rng) = model
 restart!(::Rewind, model, origin, rng) = restore!(model, origin)
 function restart!(finetune::Reinitialize, model, origin, rng)
     restore!(model, origin)
     for layer in prunables(model)
-        copyto!(layer.dense.weight, finetune.init(rng, size(layer.mask)...))
+        copyto!(weight(layer), finetune.init(rng, size(layer.mask)...))
     end
     return mask!(model)
 end
 
+"The epoch whose learning rate holds in each epoch after a restart."
+rate_epoch(finetune, training, epoch) = epoch
+rate_epoch(::Continue, training, epoch) = training.epochs
+
+"The number of steps of the first training after which a copy of the model is kept."
 origin_step(finetune::Rewind) = finetune.to
 origin_step(finetune) = 0
 

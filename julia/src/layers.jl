@@ -1,4 +1,12 @@
 """
+    Prunable
+
+A Flux layer with one weight array and a mask of its size, in which `true` keeps: [`PrunableDense`](@ref) or
+[`PrunableConv`](@ref).
+"""
+abstract type Prunable end
+
+"""
     PrunableDense(in => out, σ = identity; bias = true, init = glorot_uniform)
     PrunableDense(W::AbstractMatrix, [bias, σ])
     PrunableDense(dense::Dense, [mask])
@@ -27,7 +35,7 @@ julia> layer([1.0, 1.0])
  7.0
 ```
 """
-struct PrunableDense{D<:Dense,M<:AbstractMatrix{Bool}}
+struct PrunableDense{D<:Dense,M<:AbstractMatrix{Bool}} <: Prunable
     dense::D
     mask::M
     function PrunableDense(dense::D, mask::M) where {D<:Dense,M<:AbstractMatrix{Bool}}
@@ -96,7 +104,7 @@ function mask!(A::Array, mask::Array{Bool}) # the same, six times as fast: the b
     end
     return A
 end
-mask!(layer::PrunableDense) = (mask!(layer.dense.weight, layer.mask); layer)
+mask!(layer::Prunable) = (mask!(weight(layer), layer.mask); layer)
 mask!(model) = (foreach(mask!, prunables(model)); model)
 
 function mask!(opt, model)
@@ -105,7 +113,7 @@ function mask!(opt, model)
     foreach(key -> mask!(opt[key], nodes[key]), keys(nodes))
     return opt
 end
-mask!(opt, layer::PrunableDense) = (mask_memory!(opt.dense.weight, layer.mask); opt)
+mask!(opt, layer::Prunable) = (mask_memory!(inner(opt, layer).weight, layer.mask); opt)
 
 mask_memory!(leaf::Optimisers.Leaf, mask) = mask_memory!(leaf.state, mask)
 mask_memory!(memory::Union{Tuple,NamedTuple}, mask) = foreach(m -> mask_memory!(m, mask), memory)
@@ -125,46 +133,15 @@ function zero_pruned!(W, M)
     return stray ? mask!(W, M) : W
 end
 
-"""
-    prunable(model)
+"The Flux layer in a prunable one, or what a gradient or an optimiser state `tree` of the prunable one holds for it."
+inner(layer::Prunable) = inner(layer, layer)
+inner(tree, ::PrunableDense) = tree.dense
 
-The same model with every `Dense` in it, at any depth, as a [`PrunableDense`](@ref) with nothing pruned.
-Other layers are left alone, tied layers stay tied, and parameters are shared, not copied.
+weight(layer) = inner(layer).weight
+bias(layer) = inner(layer).bias
 
-# Examples
-```jldoctest
-julia> model = prunable(Chain(Dense(4 => 3, relu), Dropout(0.5), Dense(3 => 2)));
-
-julia> model[1]
-PrunableDense(4 => 3, relu; density=1.0)  # 15 parameters, plus 12 non-trainable
-
-julia> model[2]
-Dropout(0.5)
-```
-"""
-function prunable(model)
-    masks = IdDict() # tied layers are alike in weight, and must stay alike in mask
-    mask(W) = get!(() -> unpruned_mask(W), masks, W)
-    return fmap(x -> x isa Dense ? PrunableDense(x, mask(x.weight)) : x, model; exclude = isdense)
-end
-
-"""
-    unprunable(model)
-
-The inverse of [`prunable`](@ref): every [`PrunableDense`](@ref) as the plain `Flux.Dense` with its weight,
-in which pruned entries are 0. Parameters are shared, so training the result revives pruned weights.
-"""
-unprunable(model) = fmap(x -> x isa PrunableDense ? mask!(x).dense : x, model; exclude = isdense)
-
-isdense(x) = x isa Union{Dense,PrunableDense} || isleaf(x)
-
-"""
-    prunables(model) -> Vector
-
-The [`PrunableDense`](@ref) layers of a model, each once, in the order in which they are reached depth first.
-Their order is the order of layers wherever position counts.
-"""
-prunables(model) = unique(PrunableDense[m for m in Flux.modules(model) if m isa PrunableDense])
+"The layer with another weight and mask, and perhaps another bias or activation, but all else the same."
+rebuilt(layer::PrunableDense, W, mask; bias = bias(layer), σ = layer.dense.σ) = PrunableDense(Dense(W, bias, σ), mask)
 
 """
     density(model)
@@ -172,7 +149,7 @@ prunables(model) = unique(PrunableDense[m for m in Flux.modules(model) if m isa 
 
 Kept prunable weights ÷ all prunable weights. Biases are not counted. `NaN` if there are none.
 """
-density(layer::PrunableDense) = count(layer.mask) / length(layer.mask)
+density(layer::Prunable) = count(layer.mask) / length(layer.mask)
 function density(model)
     masks = [layer.mask for layer in prunables(model)]
     return sum(count, masks; init = 0) / sum(length, masks; init = 0)

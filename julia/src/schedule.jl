@@ -1,7 +1,7 @@
 """
     sparsities(schedule) -> Vector
 
-The sparsity to reach in each round. A vector of sparsities is a schedule too; with [`Layerwise`](@ref) a
+The sparsity to reach in each round. A vector of sparsities is a schedule too, from a function `f.(1:n)`; with [`Layerwise`](@ref) a
 sparsity, and a schedule's `rate` or `sparsity`, may be a vector with one number per layer.
 
 Throws `ArgumentError` if there are none, if one is outside [0, 1), or if they go down.
@@ -80,3 +80,15 @@ end
 
 rounds(schedule::Polynomial) =
     [schedule.sparsity .* (1 - (1 - k / schedule.rounds)^schedule.power) for k in 1:schedule.rounds]
+
+"""
+    Cosine(; sparsity, rounds)
+
+From 0 to `sparsity`, slow at both ends: `s_k = sparsity * (1 - cos(π k / rounds)) / 2`.
+"""
+Base.@kwdef struct Cosine{S}
+    sparsity::S
+    rounds::Int
+end
+
+rounds(schedule::Cosine) = [schedule.sparsity .* (1 - cospi(k / schedule.rounds)) ./ 2 for k in 1:schedule.rounds]

@@ -1,13 +1,21 @@
 """
-    Training(; epochs = 15, batchsize = 60, optimiser = Adam(1.2f-3), loss = logitcrossentropy)
+    Training(; epochs = 15, batchsize = 60, optimiser = Adam(1.2f-3), decay = 1, loss = logitcrossentropy)
 
-How a network is trained in each round. `optimiser` is any rule of Optimisers.jl, `loss(ŷ, y)` any function.
+How a network is trained in each round. `optimiser` is any rule of Optimisers.jl, `loss(ŷ, y)` any function. The
+learning rate, the rule's `eta`, is multiplied by `decay` after every epoch of a round.
 """
 Base.@kwdef struct Training{O,L}
     epochs::Int = 15
     batchsize::Int = 60
     optimiser::O = Adam(1.2f-3)
+    decay::Real = 1
     loss::L = logitcrossentropy
+end
+
+"Set the learning rate to that of an epoch, counted from 1."
+function adjust_rate!(opt, training, epoch)
+    training.decay == 1 || Optimisers.adjust!(opt, training.optimiser.eta * training.decay^(epoch - 1))
+    return opt
 end
 
 """

@@ -1,7 +1,8 @@
 using Test
 
 @testset "PrunableFlux" begin
-    @testset "$name" for name in ("layers", "selection", "schedule", "training", "experiment", "device", "quality")
+    @testset "$name" for name in ("layers", "selection", "saliency", "structure", "conv", "schedule", "training", "experiment", "strategies",
+                              "device", "quality")
         include("$name.jl")
     end
 end

@@ -7,6 +7,7 @@ weights and masks are (out, in). Everything that reaches an engine has been chec
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..choices import Optimiser, Saliency, Sparsity, Structure
+from ..choices import Optimiser, Regrowth, Saliency, Sparsity, Structure
+from ..errors import InvalidInput, LayerCollapse
 
 Float = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 Int = npt.NDArray[np.int64]
+
+Scores = npt.NDArray[np.floating[Any]]
+"""Most criteria are computed in float64."""
+
+Samples = tuple[Float, Int]
+"""Inputs (samples, features) and labels (samples,)."""
 
 ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid")
 """Activations that both engines and the model file know."""
@@ -102,14 +110,69 @@ class Model(ABC):
         """
 
     @abstractmethod
-    def scores(self, saliency: Saliency) -> list[Float]:
-        """Return the saliency of each layer's weights, (out, in)."""
+    def adjust(self, eta: float) -> None:
+        """Set the learning rate of the training run that ``start`` began; its memory stays."""
 
     @abstractmethod
-    def prune(self, saliency: Saliency, sparsity: Sparsity, structure: Structure) -> None:
+    def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
+        """Return the saliency of each layer's weights, (out, in), or of its neurons, (out,).
+
+        Criteria that need data are given some. Raises InvalidInput where they will not do: a batch without some
+        class, a singular Hessian, a network that is too large.
+        """
+
+    def prune(
+        self,
+        saliency: Saliency,
+        sparsity: Sparsity | None,
+        structure: Structure,
+        data: Samples | None = None,
+    ) -> None:
         """Prune to ``sparsity``: masks lose entries, weights and optimiser memory there become 0.
 
-        Raises InvalidInput, with nothing changed, where a competing group is sparser already.
+        Warns with ``LayerCollapse`` where that empties a layer. Raises InvalidInput, with nothing changed, where
+        a competing group is sparser already, where ``saliency`` and ``structure`` do not fit each other, and
+        what ``scores`` raises.
+        """
+        alive = [bool(layer.mask.any()) for layer in self.layers()]
+        if wrong := [i for i in structure.exclude if not -len(alive) <= i < len(alive)]:
+            raise InvalidInput(
+                f"exclude must hold numbers of the {len(alive)} prunable layers, from 0 or from the end (-1), "
+                f"not {wrong[0]}"
+            )
+        self._prune(saliency, sparsity, structure, data)
+        for layer, before in zip(self.layers(), alive, strict=True):
+            if before and not layer.mask.any():
+                warnings.warn(
+                    f"pruning left no weight in layer {layer.name}, so that the network's outputs no longer "
+                    "depend on its inputs; min_kept=1 in the structure keeps one",
+                    LayerCollapse,
+                    stacklevel=3,
+                )
+
+    @abstractmethod
+    def _prune(
+        self, saliency: Saliency, sparsity: Sparsity | None, structure: Structure, data: Samples | None
+    ) -> None:
+        """Do what ``prune`` promises, but for the warning."""
+
+    @abstractmethod
+    def regrow(self, method: Regrowth, fraction: float, data: Samples) -> None:
+        """Give the place of the smallest weights of each layer to others, which begin at 0.
+
+        In each layer with k kept and p pruned weights, ``min(round(fraction·k), p)`` kept weights of the least
+        magnitude are pruned, and as many of those pruned before are kept from now on: for ``RigL`` those with
+        the largest absolute gradient of the mean cross-entropy over ``data``. Ties go by position, the first
+        being dropped, and the first growing. Optimiser memory of both becomes 0.
+        """
+
+    @abstractmethod
+    def compact(self) -> Model:
+        """Return a model of its own without the neurons that do nothing; its outputs are the same to rounding.
+
+        A hidden neuron goes if none of its outgoing weights is kept, or if none of its incoming ones is: then it
+        is the constant σ(b), which the biases of the next layer take over (and get a bias for, if they have none
+        and the constant is not 0). One neuron of each layer stays. Among the others all masks are kept.
         """
 
 

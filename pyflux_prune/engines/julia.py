@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..choices import Optimiser, Saliency, Sparsity, Structure
+from ..choices import Choice, Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import Diverged, EngineUnavailable, InvalidInput
-from .base import Engine, Float, Int, Layer, Model
+from .base import Engine, Float, Int, Layer, Model, Samples, Scores
 
 SECONDS_PER_CALL = 0.2
 """How long one call into Julia trains before Python may look at Ctrl-C and redraw progress."""
@@ -163,10 +163,18 @@ def _translated() -> Iterator[None]:
         raise
 
 
-def _choice(value: object) -> Any:
+def _choice(value: Choice) -> Any:
     """Return the Julia struct with the name and the fields of a choice."""
-    given = {f.name.rstrip("_"): getattr(value, f.name) for f in fields(value)}  # type: ignore[arg-type]
+    given = {f.name.rstrip("_"): _field(f.name, getattr(value, f.name)) for f in fields(value)}
     return _bridge().choice(type(value).__name__, **given)
+
+
+def _field(name: str, value: Any) -> Any:
+    if isinstance(value, Choice):
+        return _choice(value)
+    if name == "exclude":  # layers count from 0 here and from 1 there
+        return tuple(i if i < 0 else i + 1 for i in value)
+    return value
 
 
 def _at(array: npt.NDArray[Any] | None) -> int:
@@ -182,17 +190,22 @@ class JuliaModel(Model):
 
     engine = "julia"
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, names: Sequence[str], activations: Sequence[str], model: Any) -> None:
+        """Wrap a Julia network whose layers have these names and activations."""
+        self._names, self._activations, self._model = names, activations, model
+        self._opt: Any = None
+
+    @staticmethod
+    def build(layers: Sequence[Layer]) -> JuliaModel:
         """Copy the layers' arrays into Julia: they are row-major here and column-major there."""
         layers = [_row_major(layer) for layer in layers]
-        self._kinds = [(layer.name, layer.activation, layer.bias is not None) for layer in layers]
-        self._model = _bridge().network(
+        model = _bridge().network(
             *(
                 _bridge().layer(*la.weight.shape, _at(la.weight), _at(la.mask), _at(la.bias), la.activation)
                 for la in layers
             )
         )
-        self._opt: Any = None
+        return JuliaModel([la.name for la in layers], [la.activation for la in layers], model)
 
     def layers(self) -> list[Layer]:
         """Return the layers as NumPy views of Julia's memory."""
@@ -202,10 +215,10 @@ class JuliaModel(Model):
                 name,
                 np.asarray(bridge.weight(model, i)),
                 np.asarray(bridge.mask(model, i)),
-                np.asarray(bridge.bias(model, i)) if has_bias else None,
+                None if (bias := bridge.bias(model, i)) is False else np.asarray(bias),
                 activation,
             )
-            for i, (name, activation, has_bias) in enumerate(self._kinds, start=1)
+            for i, (name, activation) in enumerate(zip(self._names, self._activations, strict=True), start=1)
         ]
 
     def load(self, layers: Sequence[Layer]) -> None:
@@ -246,14 +259,31 @@ class JuliaModel(Model):
                 tick(done)
         return np.array(steps.losses)
 
-    def scores(self, saliency: Saliency) -> list[Float]:
-        """Return the saliency of each layer's weights."""
-        return [np.asarray(s) for s in _bridge().saliency(_choice(saliency), self._model)]
+    def adjust(self, eta: float) -> None:
+        """Set the learning rate of the training run that is under way."""
+        _bridge().adjust(self._opt, eta)
 
-    def prune(self, saliency: Saliency, sparsity: Sparsity, structure: Structure) -> None:
-        """Prune to ``sparsity``."""
+    def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
+        """Return the saliency of each layer's weights or neurons."""
         with _translated():
-            _bridge().prune(self._model, _choice(saliency), sparsity, _choice(structure), self._opt)
+            return [np.asarray(s) for s in _bridge().scores(self._model, _choice(saliency), *_maybe(data))]
+
+    def _prune(
+        self, saliency: Saliency, sparsity: Sparsity | None, structure: Structure, data: Samples | None
+    ) -> None:
+        with _translated():
+            chosen = _choice(saliency), sparsity, _choice(structure)
+            _bridge().prune(self._model, *chosen, self._opt, *_maybe(data))
+
+    def regrow(self, method: Regrowth, fraction: float, data: Samples) -> None:
+        """Give the place of the smallest weights to others."""
+        with _translated():
+            _bridge().regrow(self._model, _choice(method), fraction, self._opt, *_samples(*data))
+
+    def compact(self) -> JuliaModel:
+        """Return a model of its own without the neurons that do nothing."""
+        with _translated():
+            return JuliaModel(self._names, self._activations, _bridge().compact(self._model))
 
 
 def _row_major(layer: Layer) -> Layer:
@@ -267,6 +297,10 @@ def _samples(x: Float, y: Int) -> tuple[int, int, int, int]:
     return _at(x), features, _at(y), n
 
 
+def _maybe(data: Samples | None) -> tuple[int, int, int, int]:
+    return (0, 0, 0, 0) if data is None else _samples(*data)
+
+
 class JuliaEngine(Engine):
     """Flux and PrunableFlux, through juliacall."""
 
@@ -278,7 +312,7 @@ class JuliaEngine(Engine):
 
     def build(self, layers: Sequence[Layer]) -> JuliaModel:
         """Return a new model with copies of these layers' arrays."""
-        return JuliaModel(layers)
+        return JuliaModel.build(layers)
 
     def versions(self) -> dict[str, Any]:
         """Return the versions, threads and BLAS that results depend on."""

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import pyflux_prune as fp
-from pyflux_prune.crosscheck import apart
+from pyflux_prune import choices
+from pyflux_prune.crosscheck import apart, off_kinks
 from pyflux_prune.datasets import Dataset
 
 QUICK = fp.Training(epochs=6, batchsize=32)
@@ -38,6 +39,57 @@ def test_both_engines_agree_on_every_structure_and_restart(
     assert net.sparsity == 0
 
 
+EACH = [
+    *(
+        (criterion, fp.Layerwise())
+        for criterion in (fp.Magnitude(scaled=True), fp.Threshold(), fp.RandomSaliency())
+    ),
+    *((criterion, fp.Global()) for criterion in (fp.Taylor(), fp.Taylor(squared=False, batchsize=50), fp.SNIP())),
+    (fp.GraSP(), fp.Global(min_kept=2)),
+    (fp.SynFlow(iterations=20), fp.Global()),
+    (fp.OBD(), fp.ERK()),
+    (fp.OBD(exact=True), fp.PerOutput()),
+    (fp.OBS(), fp.Layerwise(exclude=-1)),
+    (fp.OBS(full=True, iterations=2), fp.Global()),
+    (fp.Wanda(), fp.PerOutput()),
+    (fp.Movement(fp.Training(epochs=2, decay=0.5)), fp.NofM(2, 6)),
+    (fp.EdgePopup(0.5, fp.Training(epochs=3)), fp.Layerwise()),
+    (fp.Magnitude(), fp.Neurons(norm=2)),
+    (fp.Activation(), fp.Neurons()),
+    (fp.Activation(zeros=True), fp.Neurons(layerwise=True)),
+    (fp.Redundancy(), fp.Neurons(min_kept=2)),
+    (fp.Redundancy(activations=True), fp.Neurons()),
+]
+
+
+@pytest.mark.parametrize("second", [pytest.param("julia", marks=pytest.mark.julia), "torch"])
+@pytest.mark.parametrize("pretrain", [True, False])
+@pytest.mark.parametrize(("saliency", "structure"), EACH)
+def test_both_engines_agree_on_every_criterion(
+    blobs: Dataset, saliency: fp.Taylor, structure: fp.Global, pretrain: bool, second: str
+) -> None:
+    result = fp.crosscheck(
+        fp.mlp([6, 12, 6, 3], engine="torch"),
+        blobs,
+        saliency=saliency,
+        structure=structure,
+        schedule=[0.25, 0.5],
+        finetune=fp.Continue(),
+        training=fp.Training(epochs=3, batchsize=32, decay=0.8),
+        pretrain=pretrain,
+        engines=(second, "torch"),
+    )
+    assert result.ok, [d for d in result.differences if not d.ok]
+    compared = {d.quantity for d in result.differences}
+    assert "compact network" in compared
+    assert ({"scores", "masks", "weights after pruning"} <= compared) == (not saliency.random)
+
+
+def test_all_criteria_and_structures_are_compared() -> None:
+    assert {type(saliency) for saliency, _ in EACH} == set(choices.SALIENCIES.values())
+    assert {type(structure) for _, structure in EACH} == set(choices.STRUCTURES.values())
+
+
 @pytest.mark.julia
 def test_the_first_100_adam_steps_on_digits_agree() -> None:
     net = fp.mlp([64, 300, 100, 10], engine="julia")
@@ -65,11 +117,16 @@ def test_a_difference_is_found(blobs: Dataset, monkeypatch: pytest.MonkeyPatch) 
         def forward(self, x):  # type: ignore[no-untyped-def]
             return super().forward(x) * 1.001
 
-        def scores(self, saliency):  # type: ignore[no-untyped-def]
-            return [s + 1e-3 for s in super().scores(saliency)]
+        def scores(self, saliency, data=None):  # type: ignore[no-untyped-def]
+            return [s + 1e-3 for s in super().scores(saliency, data)]
 
-        def prune(self, saliency, sparsity, structure):  # type: ignore[no-untyped-def]
+        def prune(self, saliency, sparsity, structure, data=None):  # type: ignore[no-untyped-def]
             super().prune(fp.RandomSaliency(), sparsity, structure)
+
+        def compact(self):  # type: ignore[no-untyped-def]
+            small = super().compact()
+            small.layers()[-1].bias[:] += 1
+            return small
 
         def loss_and_gradients(self, x, y):  # type: ignore[no-untyped-def]
             loss, gradients = super().loss_and_gradients(x, y)
@@ -82,14 +139,35 @@ def test_a_difference_is_found(blobs: Dataset, monkeypatch: pytest.MonkeyPatch) 
     import sys
 
     module = sys.modules["pyflux_prune.crosscheck"]
-    monkeypatch.setattr(module, "get_engine", lambda name: {"right": TorchEngine, "wrong": WrongEngine}[name]())
+    engines = {"torch": TorchEngine, "wrong": WrongEngine}
+    monkeypatch.setattr(module, "get_engine", lambda name: engines[name]())
     result = fp.crosscheck(
-        fp.mlp([6, 12, 3], engine="torch"), blobs, schedule=[0.5], training=QUICK, engines=("right", "wrong")
+        fp.mlp([6, 12, 3], engine="torch"), blobs, schedule=[0.5], training=QUICK, engines=("torch", "wrong")
     )
     assert not result.ok
     wrong = {d.quantity for d in result.differences if not d.ok}
-    assert wrong >= {"forward", "loss", "gradients", "scores", "masks"}
+    assert wrong >= {"forward", "loss", "gradients", "scores", "masks", "weights after pruning", "compact network"}
     assert "loss of each step" not in {d.quantity for d in result.differences if d.round == 0 and not d.ok}
+
+
+@pytest.mark.julia
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_stay_together_where_relus_have_a_slope(seed: int) -> None:
+    net = fp.mlp([64, 300, 100, 10], seed=seed, engine="torch")
+    training = fp.Training(epochs=5, optimiser=fp.Adam(1.2e-3))
+    result = fp.crosscheck(net, fp.datasets.digits(), schedule=[0.3, 0.6, 0.9], training=training, seed=seed)
+    assert result.ok, [d for d in result.differences if not d.ok]
+
+
+def test_samples_near_a_kink_are_left_out() -> None:
+    net = fp.mlp([2, 3, 2], engine="torch")
+    net.layers[0].weight[:] = [[1, 0], [0, 1], [0, 0]]
+    x = np.array([[1, 1], [1, 1e-7], [-1e-7, 1], [0, 1], [-1, 1]], np.float32)
+    assert off_kinks(net.model, x).tolist() == [True, False, False, True, True]
+    assert off_kinks(net.model, x[1:3]).all()  # better these than none
+    smooth = fp.mlp([2, 3, 2], activation="tanh", engine="torch")
+    assert off_kinks(smooth.model, x).all()
 
 
 def test_nan_is_never_within_tolerance() -> None:
@@ -97,3 +175,10 @@ def test_nan_is_never_within_tolerance() -> None:
 
     assert np.isnan(apart([np.array([np.nan])], [np.array([1.0])]))
     assert not Difference(0, "forward", float("nan"), 1.0).ok
+
+
+def test_infinities_must_be_the_same() -> None:
+    ends, other = np.array([1.0, np.inf]), np.array([np.inf, 1.0])
+    assert apart([ends], [ends]) == 0
+    assert apart([ends], [other]) == np.inf
+    assert apart([np.array([1.5, np.inf])], [ends]) == 0.5

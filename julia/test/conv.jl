@@ -1,0 +1,167 @@
+using Flux, PrunableFlux, Random, Test
+using PrunableFlux: canonical, native
+
+image_task(rng; size = 12, n = 20, classes = 4) =
+    randn(rng, Float32, size, size, 2, n), Flux.onehotbatch(mod1.(1:n, classes), 1:classes)
+
+"A small network as the papers' LeNet-5 and VGG: convolutions, pooling, batch normalisation, padding, flatten."
+function lenet(rng; pad = 0, norm = true)
+    init = (dims...) -> randn(rng, Float32, dims...) ./ 4
+    model = prunable(Chain(
+        Conv((3, 3), 2 => 6, relu; init, pad), norm ? BatchNorm(6, relu) : identity, MaxPool((2, 2)),
+        Conv((2, 3), 6 => 5, tanh; init, pad, bias = false), MeanPool((2, 2)), Flux.flatten,
+        Dense((pad == 0 ? 10 : 45) => 7, relu; init), Dropout(0.3), Dense(7 => 4; init)))
+    for layer in prunables(model)
+        PrunableFlux.bias(layer) === false || randn!(rng, PrunableFlux.bias(layer))
+    end
+    if norm
+        foreach(v -> rand!(rng, v), (model[2].β, model[2].γ, model[2].μ, model[2].σ²))
+    end
+    return Flux.testmode!(model)
+end
+
+@testset "forward and gradient are those of the literal masked convolution" begin
+    rng = Xoshiro(1)
+    for kwargs in ((;), (; stride = 2, pad = 1), (; dilation = 2, bias = false), (; groups = 2)), T in (Float32, Float64)
+        conv = Conv((3, 2), 4 => 6, tanh; kwargs...)
+        conv = T == Float64 ? f64(conv) : conv
+        mask = rand(rng, Bool, size(conv.weight))
+        literal(W, x) = Conv(conv.σ, W .* mask, conv.bias, conv.stride, conv.pad, conv.dilation, conv.groups)(x)
+        x = randn(rng, T, 9, 8, 4, 3)
+        for stray in (zero(T), T(NaN), T(2))
+            layer = PrunableConv(Conv(conv.σ, ifelse.(mask, conv.weight, stray), conv.bias, conv.stride, conv.pad,
+                                      conv.dilation, conv.groups), mask)
+            @test layer(x) ≈ literal(conv.weight, x)
+            @test all(iszero, layer.conv.weight[.!mask])
+        end
+        layer = PrunableConv(deepcopy(conv), mask)
+        g, gx = Flux.gradient((l, x) -> sum(abs2, l(x)), layer, x)
+        expected, expected_x = Flux.gradient((W, x) -> sum(abs2, literal(W, x)), conv.weight, x)
+        @test g.conv.weight ≈ expected && gx ≈ expected_x
+        @test all(iszero, g.conv.weight[.!mask])
+    end
+    @test_throws DimensionMismatch PrunableConv(Conv((3, 3), 1 => 2), trues(3, 3, 2, 1))
+    @test Flux.outputsize(PrunableConv((3, 3), 1 => 2), (8, 8, 1, 5)) == (6, 6, 2, 5)
+end
+
+@testset "canonical arrays are PyTorch's" begin
+    layer = PrunableConv((2, 3), 4 => 5)
+    W = randn(2, 3, 4, 5)
+    C = canonical(layer, W)
+    @test size(C) == (5, 4, 3, 2) # (out, in, height, width): a Julia image is (width, height)
+    @test C[2, 3, 1, 1] == W[2, 3, 3, 2]
+    @test native(layer, C) == W
+    tied = PrunableConv(Conv(ones(Float32, 2, 1, 1, 2), false))
+    prune!(tied, Magnitude(); sparsity = 0.25)
+    @test tied.mask == reshape(Bool[1, 0, 1, 1], 2, 1, 1, 2)
+end
+
+criteria = (Magnitude(scaled = true), Taylor(), GraSP(per_class = 2), SynFlow(iterations = 3), OBS(iterations = 2),
+            EdgePopup(training = Training(epochs = 1)))
+
+@testset "$(nameof(typeof(criterion))) prunes convolutions" for criterion in criteria
+    rng = Xoshiro(2)
+    model, data = lenet(rng), image_task(rng)
+    structure = criterion isa EdgePopup ? Layerwise() : Global()
+    prune!(model, criterion, data; sparsity = 0.5, structure)
+    @test sum(l -> count(l.mask), prunables(model)) ≈ 0.5 * sum(l -> length(l.mask), prunables(model)) atol = 2
+    @test all(l -> all(iszero, PrunableFlux.weight(l)[.!l.mask]), prunables(model))
+end
+
+@testset "scores of convolutions" begin
+    rng = Xoshiro(3)
+    model, (x, y) = f64(lenet(rng; norm = false)), f64(image_task(rng))
+    loss(m) = Flux.logitcrossentropy(m(x), y)
+    gradient = Flux.gradient(loss, unprunable(model))[1]
+    scores = saliency(Taylor(squared = false, batchsize = 20), model, (x, y))
+    @test scores[1] ≈ abs.(gradient.layers[1].weight .* model[1].conv.weight)
+    # a convolution as a dense layer of each patch
+    conv = PrunableConv(Conv((3, 2), 2 => 4; bias = false))
+    patch(i, j, n) = vec(x[i:(i + 2), j:(j + 1), :, n])
+    patches = reduce(hcat, [patch(i, j, n) for n in 1:20 for j in 1:11 for i in 1:10])
+    flat = PrunableDense(Float64.(permutedims(reshape(PrunableFlux.flipped(conv.conv.weight), :, 4))), false)
+    to_conv(A) = PrunableFlux.flipped(reshape(permutedims(A), 3, 2, 2, 4))
+    for criterion in (Wanda(), OBS())
+        expected = to_conv(only(saliency(criterion, flat, (patches, nothing))))
+        scale = criterion isa Wanda ? sqrt(110) : 1 # the mean over the places
+        @test only(saliency(criterion, conv, (x, nothing))) .* scale ≈ expected
+    end
+    activation = saliency(Activation(), model, (x, y))
+    @test map(length, activation) == [6, 5, 7, 4]
+    @test activation[1] ≈ vec(sum(abs, model[1](x); dims = (1, 2, 4))) ./ (10 * 10 * 20)
+    @test_throws ArgumentError saliency(SynFlow(), model)
+    @test_throws ArgumentError saliency(OBD(), model, (x, y))
+    @test_throws ArgumentError saliency(Redundancy(), model)
+end
+
+@testset "structures of convolutions" begin
+    rng = Xoshiro(4)
+    model = prune!(lenet(rng), Magnitude(); sparsity = 0.5, structure = PerOutput())
+    @test all(==(9), sum(model[1].mask; dims = (1, 2, 3)))
+    model = prune!(lenet(rng), Magnitude(); structure = NofM(1, 2, exclude = -1))
+    @test all(==(1), sum(model[1].mask; dims = 3))
+    @test_throws ArgumentError prune!(lenet(rng), Magnitude(); structure = NofM(1, 4))
+    model = prune!(lenet(rng), Magnitude(); sparsity = 0.5, structure = Neurons())
+    gone = [vec(.!any(l.mask; dims = (1, 2, 3))) for l in model.layers[[1, 4]]]
+    @test sum(count, gone) + count(.!any(model[7].mask; dims = 2)) == 9
+    @test !any(model[4].mask[:, :, gone[1], :])
+    @test !any(reshape(model[7].mask, 7, 2, 5)[:, :, gone[2]])
+end
+
+@testset "compact ≡ masked, with convolutions: pad = $pad, norm = $norm, trial $trial" for
+        pad in (0, 1), norm in (false, true), trial in 1:4
+    rng = Xoshiro(trial)
+    model, (x, y) = lenet(rng; pad, norm), image_task(rng)
+    Base.CoreLogging.with_logger(Base.CoreLogging.NullLogger()) do
+        prune!(model, Taylor(), (x, y); sparsity = 0.5, structure = Neurons())
+        trial > 1 && prune!(model, Magnitude(); sparsity = rand(rng, (0.9, 0.95, 0.98)))
+    end
+    small = compact(model)
+    @test small(x) ≈ model(x) rtol = 1e-4
+    @test sum(l -> length(l.mask), prunables(small)) < 0.6 * sum(l -> length(l.mask), prunables(model))
+    norm && @test small[2].chs == size(small[1].mask, 4) == length(small[2].γ)
+    @test map(l -> size(l.mask), prunables(compact(small))) == map(l -> size(l.mask), prunables(small))
+end
+
+@testset "training keeps pruned weights of convolutions at 0" begin
+    rng = Xoshiro(5)
+    model, data = Flux.testmode!(lenet(rng), :auto), image_task(rng; n = 40)
+    opt = Flux.setup(Adam(0.01), model)
+    train_masked!(Flux.logitcrossentropy, model, Iterators.repeated(data, 10), opt)
+    prune!(model, Magnitude(); sparsity = 0.7, opt)
+    losses = train_masked!(Flux.logitcrossentropy, model, Iterators.repeated(data, 30), opt)
+    @test losses[end] < losses[1]
+    @test all(l -> all(iszero, PrunableFlux.weight(l)[.!l.mask]), prunables(model))
+    history = iterative_prune!(Flux.testmode!(lenet(rng), :auto), data, data; schedule = [0.5], finetune = Reinitialize(),
+                               training = Training(epochs = 2))
+    @test history[2].sparsity ≈ 0.5 atol = 0.01
+    plain = unprunable(model)
+    @test plain[1] isa Conv && Flux.testmode!(plain)(data[1]) ≈ Flux.testmode!(model)(data[1])
+end
+
+@testset "recurrent layers: $(nameof(typeof(layer)))" for layer in
+        (RNN(3 => 5), LSTM(3 => 5; bias = false), GRU(3 => 5), GRUv3(3 => 5))
+    rng = Xoshiro(6)
+    x = randn(rng, Float32, 3, 7, 4)
+    model = Chain(layer, x -> x[:, end, :], Dense(5 => 2))
+    ours = prunable(model)
+    @test length(prunables(ours)) == (layer isa GRUv3 ? 4 : 3)
+    @test ours(x) ≈ model(x)
+    data = (x, Flux.onehotbatch([1, 2, 1, 2], 1:2))
+    prune!(ours, layer isa LSTM ? OBS(iterations = 1) : Taylor(), data; sparsity = 0.6)
+    @test sparsity(ours) ≈ 0.6 atol = 0.01
+    opt = Flux.setup(Adam(0.01), ours)
+    losses = train_masked!(Flux.logitcrossentropy, ours, Iterators.repeated(data, 40), opt)
+    @test losses[end] < losses[1]
+    @test all(l -> all(iszero, l.dense.weight[.!l.mask]), prunables(ours))
+    back = unprunable(ours)
+    @test isempty(prunables(back)) && back(x) ≈ ours(x) && typeof(back[1]) == typeof(layer)
+end
+
+@testset "attention" begin
+    rng = Xoshiro(7)
+    model = prunable(Chain(MultiHeadAttention(8; nheads = 2), first, x -> sum(x; dims = 2)[:, 1, :], Dense(8 => 2)))
+    data = randn(rng, Float32, 8, 6, 4), Flux.onehotbatch([1, 2, 1, 2], 1:2)
+    @test length(prunables(model)) == 5
+    @test sparsity(prune!(model, Taylor(), data; sparsity = 0.5)) ≈ 0.5 atol = 0.01
+end

@@ -1,0 +1,45 @@
+"""What every criterion is a method of."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ....choices import Saliency
+from ....errors import InvalidInput
+from ...base import Samples
+
+if TYPE_CHECKING:
+    from ..model import TorchModel
+    from ..structure import Outcome
+
+
+@singledispatch
+def score(criterion: Saliency, model: TorchModel, data: Samples | None) -> list[Tensor]:
+    """Return the saliency of each layer's weights, (out, in), or neurons, (out,); higher is more important.
+
+    A new criterion is one more method of this function. Call ``check`` first.
+
+    Raises:
+        InvalidInput: the data will not do, a matrix is singular, the network is too large.
+
+    """
+    raise NotImplementedError(criterion)
+
+
+@singledispatch
+def compensate(criterion: Saliency, model: TorchModel, data: Samples | None, outcome: Outcome) -> None:
+    """Change what will stay, so that it makes up for what is about to go; nothing is masked yet.
+
+    Most criteria have no method of this function, and change nothing.
+    """
+
+
+def check(criterion: Saliency, data: Samples | None) -> None:
+    """Raise InvalidInput unless this engine has the criterion, and the criterion the data that it needs."""
+    if score.dispatch(type(criterion)) is score.dispatch(object):
+        raise InvalidInput(f"saliency must be one that the torch engine has, not {criterion!r}")
+    if criterion.needs_data and data is None:
+        raise InvalidInput(f"{type(criterion).__name__} needs data")

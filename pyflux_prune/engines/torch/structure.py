@@ -1,0 +1,289 @@
+"""Axis 2: from scores to masks.
+
+What competes are units: weights, or with ``Neurons`` neurons. A structure is a method of ``numbers``, which says
+who competes with whom within a layer, and one of ``shares`` if it takes sparsities in its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ...choices import ERK, Global, Layerwise, Neurons, NofM, PerOutput, Sparsity, Structure
+from ...errors import InvalidInput
+
+# --- who competes with whom ------------------------------------------------------------------------------
+
+
+@singledispatch
+def numbers(structure: Structure, layer: str, outputs: int, inputs: int) -> Tensor:
+    """Return the group of each of a layer's weights, (out, in), or neurons, (out,), as a number from 0."""
+    raise InvalidInput(f"structure must be one that the torch engine has, not {structure!r}")
+
+
+@numbers.register(Global)
+@numbers.register(Layerwise)
+@numbers.register(ERK)
+def _(structure: Structure, layer: str, outputs: int, inputs: int) -> Tensor:
+    return torch.zeros(outputs, inputs, dtype=torch.int64)
+
+
+@numbers.register(PerOutput)
+def _(structure: PerOutput, layer: str, outputs: int, inputs: int) -> Tensor:
+    return torch.arange(outputs)[:, None].expand(-1, inputs)
+
+
+@numbers.register(NofM)
+def _(structure: NofM, layer: str, outputs: int, inputs: int) -> Tensor:
+    if inputs % structure.m:
+        raise InvalidInput(
+            f"layer {layer} has {inputs} inputs, not a multiple of m = {structure.m}; exclude in the structure "
+            "leaves it alone"
+        )
+    return torch.arange(outputs * inputs).view(outputs, inputs) // structure.m
+
+
+@numbers.register(Neurons)
+def _(structure: Neurons, layer: str, outputs: int, inputs: int) -> Tensor:
+    return torch.zeros(outputs, dtype=torch.int64)
+
+
+# --- how much of a group goes ----------------------------------------------------------------------------
+
+
+@singledispatch
+def shares(structure: Structure, shapes: Sequence[tuple[int, int]], sparsity: Sparsity | None) -> list[float]:
+    """Return the sparsity of the groups of each competing layer, given the layers' shapes, (out, in)."""
+    return _as_given(structure, len(shapes), sparsity)
+
+
+def _as_given(structure: Structure, layers: int, sparsity: Sparsity | None) -> list[float]:
+    if sparsity is None:
+        raise InvalidInput("sparsity must be given: only NofM, and Threshold for weights, have one of their own")
+    if not isinstance(sparsity, tuple):
+        return [sparsity] * layers
+    if not structure.per_layer:
+        raise InvalidInput(f"sparsity must be one number with {structure}, not {sparsity!r}")
+    if len(sparsity) != layers:
+        raise InvalidInput(
+            f"sparsity must be one number or one per competing layer, {layers} here, not {len(sparsity)} numbers"
+        )
+    return list(sparsity)
+
+
+@shares.register(NofM)
+def _(structure: NofM, shapes: Sequence[tuple[int, int]], sparsity: Sparsity | None) -> list[float]:
+    n, m = structure.n, structure.m
+    most = max((m - n) / m, 1 - n / m)  # they may differ in the last place
+    given = _as_given(structure, len(shapes), most if sparsity is None else sparsity)
+    if given[0] > most:
+        raise InvalidInput(f"sparsity must be at most {most:g} for {n} of {m} weights to stay, not {given[0]:g}")
+    return given
+
+
+@shares.register(ERK)
+def _(structure: ERK, shapes: Sequence[tuple[int, int]], sparsity: Sparsity | None) -> list[float]:
+    uniform = _as_given(structure, len(shapes), sparsity)[0]
+    sizes, sums = [o * i for o, i in shapes], [o + i for o, i in shapes]
+    kept = sum(sizes) - round(uniform * sum(sizes))
+    others, dense = set(range(len(shapes))), set[int]()
+    epsilon = 0.0
+    while others:
+        epsilon = (kept - sum(sizes[layer] for layer in dense)) / sum(sums[layer] for layer in others)
+        more = {layer for layer in others if epsilon * sums[layer] > sizes[layer]}
+        if not more:
+            break
+        others, dense = others - more, dense | more
+    return [1 - epsilon * sums[layer] / sizes[layer] if layer in others else 0.0 for layer in range(len(shapes))]
+
+
+# --- neurons ---------------------------------------------------------------------------------------------
+
+
+def alive(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return which neurons of each layer but the last have a kept incoming and a kept outgoing weight."""
+    return [here.any(1) & after.any(0) for here, after in pairwise(masks)]
+
+
+def neuron_scores(scores: Sequence[Tensor], masks: Sequence[Tensor], p: float) -> list[Tensor]:
+    """Return sign(t)·|t|^(1/p), t = Σ s·|s|^(p − 1) over the scores s of the kept weights of each neuron."""
+    found = []
+    for values, mask in zip(scores, masks, strict=True):
+        s = torch.where(mask, values.double(), 0.0)
+        t = (s * s.abs() ** (p - 1)).sum(1)
+        found.append(t.sign() * t.abs() ** (1 / p))
+    return found
+
+
+# --- selection -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What selection decides.
+
+    Attributes:
+        masks: one bool tensor per layer, (out, in).
+        neurons: with ``Neurons``, the neurons of each layer, (out,), that go now; None otherwise.
+
+    """
+
+    masks: list[Tensor]
+    neurons: list[Tensor] | None
+
+
+class Contest:
+    """The groups of units that compete in a network."""
+
+    def __init__(self, structure: Structure, names: Sequence[str], masks: Sequence[Tensor]) -> None:
+        """Form the groups of a network whose layers have these names and masks.
+
+        Raises:
+            InvalidInput: the structure does not fit the network.
+
+        """
+        self._structure, self._names = structure, list(names)
+        self._neurons = isinstance(structure, Neurons)
+        self._together = isinstance(structure, Global) or (
+            isinstance(structure, Neurons) and not structure.layerwise
+        )
+        self._layers = _competing(structure, len(masks))
+        self._shapes = [(mask.shape[0], mask.shape[1]) for mask in masks]
+        groups, self._places = [], [0] if self._together else []
+        for layer, (outputs, inputs) in enumerate(self._shapes):
+            group = torch.full((outputs,) if self._neurons else (outputs, inputs), -1)
+            if layer in self._layers:
+                group = numbers(structure, names[layer], outputs, inputs)
+                if not self._together:
+                    group = group + len(self._places)
+                    self._places += [self._layers.index(layer)] * (int(group.max()) + 1 - len(self._places))
+            groups.append(group)
+        self._sizes = [group.numel() for group in groups]
+        self._group = torch.cat([group.flatten() for group in groups])
+        self._layer = torch.arange(len(masks)).repeat_interleave(torch.tensor(self._sizes))
+
+    def counts(self, masks: Sequence[Tensor]) -> Tensor:
+        """Return how many kept weights, or neurons that are alive, each group has."""
+        return self._count(self._live(masks))
+
+    def kept(self, sparsity: Sparsity | None, masks: Sequence[Tensor]) -> Tensor:
+        """Return how many units of each group stay at this sparsity.
+
+        Raises:
+            InvalidInput: the sparsity does not fit the structure, or a group is sparser already.
+
+        """
+        share = shares(self._structure, [self._shapes[layer] for layer in self._layers], sparsity)
+        each = torch.tensor(share, dtype=torch.float64)[self._places]
+        sizes, live = self._count(self._group >= 0), self.counts(masks)
+        pruned = (each * sizes).round().long()  # ties to even
+        for group in (live < sizes - pruned).nonzero()[:1]:
+            raise InvalidInput(
+                f"sparsity {float(each[group]):g} of {self._name(group)} means {int(pruned[group])} of "
+                f"{int(sizes[group])} {self._units} pruned, but {int((sizes - live)[group])} are already: pruned "
+                "stays pruned"
+            )
+        return sizes - pruned
+
+    def choose(self, scores: Sequence[Tensor], masks: Sequence[Tensor], kept: Tensor | None) -> Outcome:
+        """Return what is left when in each group the lowest scores go, until as many as ``kept`` are left.
+
+        Equal scores go by position: layer, then output, then input. No unit goes in a group that has no more than
+        that; without ``kept``, all that score below 1 go.
+
+        Args:
+            scores: one tensor per layer, (out, in), or (out,) of neurons; those of pruned weights do not matter.
+            masks: one bool tensor per layer, (out, in); left as they are.
+            kept: what the method ``kept`` returns, or more.
+
+        Raises:
+            InvalidInput: a unit that competes scores NaN, or ``min_kept`` leaves a group too few that can go.
+
+        """
+        if isinstance(self._structure, Neurons) and scores[0].ndim == 2:
+            scores = neuron_scores(scores, masks, self._structure.norm)
+        values, live = torch.cat([layer.flatten() for layer in scores]), self._live(masks)
+        for unit in (live & values.isnan()).nonzero()[:1]:
+            name = self._names[int(self._layer[unit])]
+            raise InvalidInput(f"layer {name} cannot be pruned: scores of its {self._units} are NaN")
+        free = self._free(values, live)
+        if kept is None:
+            gone = free & (values < 1)
+        else:
+            excess = (self._count(live) - kept).clamp(min=0)
+            for group in (self._count(free) < excess).nonzero()[:1]:
+                raise InvalidInput(
+                    f"{int(excess[group])} {self._units} of {self._name(group)} must be pruned, but min_kept = "
+                    f"{self._structure.min_kept} leaves {int(self._count(free)[group])} that can be"
+                )
+            gone = _lowest(values, free, self._group, excess)
+        return self._outcome(gone, masks)
+
+    def _outcome(self, gone: Tensor, masks: Sequence[Tensor]) -> Outcome:
+        parts = torch.split(gone, self._sizes)
+        if not self._neurons:
+            return Outcome([mask & ~part.view_as(mask) for mask, part in zip(masks, parts, strict=True)], None)
+        before = [torch.zeros_like(masks[0][0]), *parts[:-1]]
+        left = [mask & ~(here[:, None] | below) for mask, here, below in zip(masks, parts, before, strict=True)]
+        return Outcome(left, list(parts))
+
+    @property
+    def _units(self) -> str:
+        return "neurons" if self._neurons else "weights"
+
+    def _live(self, masks: Sequence[Tensor]) -> Tensor:
+        units = [*alive(masks), torch.zeros_like(masks[-1][:, 0])] if self._neurons else masks
+        return torch.cat([unit.flatten() for unit in units]) & (self._group >= 0)
+
+    def _count(self, units: Tensor) -> Tensor:
+        return torch.bincount(self._group[units], minlength=len(self._places))
+
+    def _free(self, values: Tensor, live: Tensor) -> Tensor:
+        """Return which units can go: all but the ``min_kept`` highest of each layer, the later of equals."""
+        if not self._structure.min_kept:
+            return live
+        excess = torch.bincount(self._layer[live], minlength=len(self._sizes)) - self._structure.min_kept
+        return _lowest(values, live, self._layer, excess.clamp(min=0))
+
+    def _name(self, group: Tensor) -> str:
+        """Return what to call a group in messages."""
+        if self._together:
+            return "the network"
+        members = (self._group == group).nonzero().squeeze(1)
+        layer = int(self._layer[members[0]])
+        name, inputs = f"layer {self._names[layer]}", self._shapes[layer][1]
+        if len(members) == self._sizes[layer]:
+            return name
+        output, first = divmod(int(members[0]) - sum(self._sizes[:layer]), inputs)
+        name = f"output {output} of {name}"
+        return name if len(members) == inputs else f"inputs {first} to {first + len(members) - 1} of {name}"
+
+
+def _competing(structure: Structure, layers: int) -> list[int]:
+    """Return the numbers of the layers whose units compete."""
+    if isinstance(structure, Neurons) and layers < 2:
+        raise InvalidInput("structure Neurons needs a hidden layer, but the network has one layer only")
+    excluded = {place % layers for place in structure.exclude}
+    if isinstance(structure, Neurons):
+        excluded.add(layers - 1)
+    if len(excluded) == layers:
+        raise InvalidInput(f"exclude = {structure.exclude} leaves no layer that can be pruned")
+    return [layer for layer in range(layers) if layer not in excluded]
+
+
+def _lowest(values: Tensor, candidates: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    """Return which candidates are among the ``count[g]`` of the lowest value in group g, the first of equals."""
+    order = candidates.nonzero().squeeze(1)
+    order = order[values[order].argsort(stable=True)]
+    if len(count) > 1:
+        order = order[group[order].argsort(stable=True)]
+    sizes = torch.bincount(group[order], minlength=len(count))
+    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[group[order]]
+    lowest = torch.zeros_like(candidates)
+    lowest[order[rank < count[group[order]]]] = True
+    return lowest
