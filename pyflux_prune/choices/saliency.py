@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .checks import Choice, count, flag, number, positive
-from .training import Momentum, Training, check_training
+from .training import Adam, Training, check_training
 
 
 def _tau(name: str, value: object) -> Any:
@@ -213,7 +213,7 @@ class EdgePopup(Saliency):
 
     _data: ClassVar[bool] = True
     sparsity: float = 0.5
-    training: Training = field(default_factory=lambda: Training(epochs=20, optimiser=Momentum(0.1, 0.9)))
+    training: Training = field(default_factory=lambda: Training(epochs=20, optimiser=Adam(3e-3)))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """
-    EdgePopup(; sparsity = 0.5, training = Training(epochs = 20, optimiser = Momentum(0.1, 0.9)))
+    EdgePopup(; sparsity = 0.5, training = Training(epochs = 20, optimiser = Adam(3.0f-3)))
 
 Learned scores over frozen weights (Ramanujan et al. 2020, arXiv:1911.13299): a subnetwork of an untrained network that
 works. In each layer the network uses the weights with the highest scores, leaving out `round(sparsity * n)` of `n`; the
@@ -10,7 +10,7 @@ Prune with it an untrained network, with [`Layerwise`](@ref) and the same sparsi
 """
 Base.@kwdef struct EdgePopup
     sparsity::Float64 = 0.5
-    training::Training = Training(epochs = 20, optimiser = Momentum(0.1, 0.9))
+    training::Training = Training(epochs = 20, optimiser = Adam(3.0f-3))
 end
 
 function saliency(criterion::EdgePopup, model, data)
