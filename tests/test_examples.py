@@ -61,8 +61,8 @@ def test_lottery_ticket_on_mnist(mnist_dir: Path, tmp_path: Path) -> None:
     assert ticket > reinitialised
 
 
-def test_layer_collapse(engine: str, tmp_path: Path) -> None:
-    arguments = ("--seeds", "1", "--depth", "8", "--width", "20", "--engine", engine)
+def test_layer_collapse(tmp_path: Path) -> None:
+    arguments = ("--seeds", "1", "--depth", "8", "--width", "20", "--engine", "torch")
     found = rows(run_example("layer_collapse.py", *arguments, cwd=tmp_path))
     best = numbers(found["SynFlow"])
     assert best[0] == best[1] >= 178
@@ -70,8 +70,8 @@ def test_layer_collapse(engine: str, tmp_path: Path) -> None:
         assert all(other < synflow for other, synflow in zip(numbers(found[name]), best, strict=True))
 
 
-def test_curvature(engine: str, tmp_path: Path) -> None:
-    arguments = ("--seeds", "1", "--hidden", "6", "--epochs", "20", "--engine", engine)
+def test_curvature(tmp_path: Path) -> None:
+    arguments = ("--seeds", "1", "--hidden", "6", "--epochs", "20", "--engine", "torch")
     found = rows(run_example("curvature.py", *arguments, cwd=tmp_path))
     magnitude, obd, obs, full = (
         numbers(found[name]) for name in ("magnitude", "OBD", "OBS by layer", "OBS of all weights together")
@@ -81,8 +81,8 @@ def test_curvature(engine: str, tmp_path: Path) -> None:
     assert full[3] > obd[3] > magnitude[3]  # accuracy at 70 %
 
 
-def test_edge_popup(engine: str, tmp_path: Path) -> None:
-    arguments = ("--seeds", "1", "--width", "64", "--epochs", "5", "--engine", engine)
+def test_edge_popup(tmp_path: Path) -> None:
+    arguments = ("--seeds", "1", "--width", "64", "--epochs", "5", "--engine", "torch")
     found = rows(run_example("edge_popup.py", *arguments, cwd=tmp_path))
     share, chosen = numbers(found["chosen by edge-popup"])
     assert share == 50
@@ -99,7 +99,7 @@ def test_smaller_network(engine: str, tmp_path: Path) -> None:
     assert small[4] == masked[4] > 70  # the accuracy
 
 
-def test_sparse_training(engine: str, tmp_path: Path) -> None:
+def test_sparse_training(tmp_path: Path) -> None:
     arguments = (
         "digits",
         "--seeds",
@@ -111,7 +111,7 @@ def test_sparse_training(engine: str, tmp_path: Path) -> None:
         "--sparsity",
         "0.9",
         "--engine",
-        engine,
+        "torch",
     )
     found = rows(run_example("sparse_training.py", *arguments, cwd=tmp_path))
     kept = {name: numbers(row) for name, row in found.items() if name != "network"}
