@@ -44,6 +44,11 @@ function rebuilt(layer::PrunableConv, W, mask; bias = bias(layer), σ = layer.co
     return PrunableConv(Conv(W, bias, σ; stride, pad, dilation, groups), mask)
 end
 
+canonical(layer::PrunableConv, A) = permutedims(flipped(Array(A)), ndims(A):-1:1)
+native(layer::PrunableConv, A) = flipped(permutedims(A, ndims(A):-1:1))
+
+flipped(W) = reverse(W; dims = ntuple(identity, ndims(W) - 2))
+
 function Base.show(io::IO, layer::PrunableConv)
     text = sprint(show, layer.conv)
     print(io, "PrunableConv(", chop(text; head = 5), "; density=", round(density(layer); sigdigits = 3), ")")

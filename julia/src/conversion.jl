@@ -39,13 +39,3 @@ function unprunable(model)
     convert_layer(x::Cell) = with_matrices(W -> W isa Prunable ? weight(mask!(W)) : W, x)
     return fmap(convert_layer, model; exclude = x -> x isa Cell || islayer(x))
 end
-
-islayer(x) = x isa Union{Dense,Conv,Prunable} || isleaf(x)
-
-"""
-    prunables(model) -> Vector
-
-The [`Prunable`](@ref) layers of a model, each once, in the order in which they are reached depth first.
-Their order is the order of layers wherever position counts.
-"""
-prunables(model) = unique(Prunable[m for m in Flux.modules(model) if m isa Prunable])

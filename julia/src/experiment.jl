@@ -121,18 +121,16 @@ function iterative_prune!(model, train, test; saliency = Magnitude(), structure 
                           training = Training(), pretrain = true, rng::AbstractRNG = Random.default_rng())
     targets = sparsities(schedule)
     batches = as_batches(train, training.batchsize; shuffle = true, rng)
-    steps, copy_at = pretrain ? training.epochs * length(batches) : 0, origin_step(finetune)
-    0 <= copy_at <= steps || throw(ArgumentError(
-        "finetune must rewind to one of the $steps training steps, not $copy_at"))
+    check_restart(finetune, pretrain ? training.epochs * length(batches) : 0)
     contest(structure, host_masks(model), first(targets))
     started, data = time(), samples(train)
-    origin = pretrain ? fit!(model, batches, training; copy_at) : deepcopy(model)
+    origin = pretrain ? fit!(model, batches, training; copy_at = origin_step(finetune)) : deepcopy(model)
     history = [report(model, test, training, 0, started)]
     for (round, target) in enumerate(targets)
         started = time()
         prune!(model, saliency, data; sparsity = target, structure)
         restart!(finetune, model, origin, rng)
-        isnothing(finetune) || fit!(model, batches, training; finetune)
+        isnothing(finetune) || fit!(model, batches, training; finetune = pretrain || round > 1 ? finetune : nothing)
         push!(history, report(model, test, training, round, started))
     end
     return history
@@ -143,7 +141,7 @@ samples(train::Tuple{AbstractArray,AbstractArray}) = train
 samples(train) = first(train)
 
 """
-    fit!(model, batches, training; finetune = nothing, copy_at = nothing, between! = Returns(nothing))
+    fit!(model, batches, training; finetune = nothing, copy_at = nothing, between! = nothing)
 
 Train for `training.epochs` at the learning rates that `finetune` calls for, with `between!(step, opt, x, y)` before each
 step but the first, where `step` are done; return a copy of the model as it was after `copy_at` steps.
@@ -171,23 +169,24 @@ function report(model, test, training, round, started)
 end
 
 """
-    gradual_prune!(model, train, test; every, saliency = Magnitude(), structure = Global(),
-                   schedule = Polynomial(sparsity = 0.8, rounds = 10), training = Training(),
+    gradual_prune!(model, train, test; saliency = Magnitude(), structure = Global(),
+                   schedule = Polynomial(sparsity = 0.8, rounds = 10), every = nothing, training = Training(),
                    rng = Random.default_rng()) -> history
 
 Prune inside one training run (Zhu & Gupta 2017, arXiv:1710.01878): after every `every` steps to the next sparsity of the
-schedule, with the optimiser's memory going on. Data and history are as in [`iterative_prune!`](@ref); each row is what
+schedule, with the optimiser's memory going on. By default the prunings share the training evenly. Data and history are as in [`iterative_prune!`](@ref); each row is what
 `every` steps of training after a pruning have made, the last one what training to its end has.
 
 Throws `ArgumentError`, before anything is trained, for what `iterative_prune!` rejects, and if training has too few
 steps for the schedule.
 """
-function gradual_prune!(model, train, test; every, saliency = Magnitude(), structure = Global(),
-                        schedule = Polynomial(sparsity = 0.8, rounds = 10), training = Training(),
+function gradual_prune!(model, train, test; saliency = Magnitude(), structure = Global(),
+                        schedule = Polynomial(sparsity = 0.8, rounds = 10), every = nothing, training = Training(),
                         rng::AbstractRNG = Random.default_rng())
     targets = sparsities(schedule)
     batches = as_batches(train, training.batchsize; shuffle = true, rng)
     steps = training.epochs * length(batches)
+    every = @something every max(1, steps ÷ (length(targets) + 1))
     every >= 1 && every * length(targets) < steps || throw(ArgumentError(
         "every must be 1 to $(cld(steps, length(targets)) - 1) for $(length(targets)) prunings in $steps steps, not $every"))
     contest(structure, host_masks(model), first(targets))

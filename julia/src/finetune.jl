@@ -28,7 +28,7 @@ end
 """
     Reinitialize(; init = glorot_uniform)
 
-The survivors start from new random values, `init(rng, out, in)`; all other parameters from their initial ones.
+The survivors start from new random values, `init(rng, size...)`; all other parameters from their initial ones.
 """
 Base.@kwdef struct Reinitialize{F}
     init::F = glorot_uniform
@@ -57,6 +57,9 @@ rate_epoch(::Continue, training, epoch) = training.epochs
 "The number of steps of the first training after which a copy of the model is kept."
 origin_step(finetune::Rewind) = finetune.to
 origin_step(finetune) = 0
+
+check_restart(finetune, steps) = 0 <= origin_step(finetune) <= steps || throw(ArgumentError(
+    "finetune must rewind to one of the $steps training steps, not $(origin_step(finetune))"))
 
 function restore!(model, origin)
     foreach((now, then) -> copyto!(then.mask, now.mask), prunables(model), prunables(origin))

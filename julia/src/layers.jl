@@ -144,6 +144,16 @@ bias(layer) = inner(layer).bias
 rebuilt(layer::PrunableDense, W, mask; bias = bias(layer), σ = layer.dense.σ) = PrunableDense(Dense(W, bias, σ), mask)
 
 """
+    canonical(layer, A)
+    native(layer, A)
+
+An array of the size of the layer's weight with the dimensions `(out, in, kernel...)`, ordered as PyTorch orders them (which
+does not flip the kernels of convolutions); and back.
+"""
+canonical(::PrunableDense, A) = Array(A)
+native(::PrunableDense, A) = A
+
+"""
     density(model)
     density(layer)
 

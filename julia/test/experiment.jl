@@ -1,14 +1,6 @@
 using Flux, PrunableFlux, Random, Tables, Test
 using PrunableFlux: fit!, restart!
 
-function blobs(rng; n = 240)
-    labels = rand(rng, 1:3, n)
-    x = randn(rng, Float32, 6, n) .+ 3 .* (labels' .== (1:6))
-    return x, Flux.onehotbatch(labels, 1:3)
-end
-
-small(rng) = Chain(PrunableDense(6 => 12, relu; init = glorot(rng)), PrunableDense(12 => 3; init = glorot(rng)))
-glorot(rng) = (dims...) -> Flux.glorot_uniform(rng, dims...)
 quick = Training(epochs = 3, batchsize = 32, optimiser = Adam(0.01))
 
 @testset "history is a table of what happened" begin

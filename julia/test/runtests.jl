@@ -1,8 +1,9 @@
 using Test
 
 @testset "PrunableFlux" begin
-    @testset "$name" for name in ("layers", "selection", "saliency", "structure", "conv", "schedule", "training", "experiment", "strategies",
-                              "device", "quality")
+    include("networks.jl")
+    @testset "$name" for name in ("layers", "selection", "saliency", "structure", "conv", "schedule", "training", "experiment",
+                                  "strategies", "device", "quality")
         include("$name.jl")
     end
 end

@@ -1,8 +1,6 @@
 using Flux, PrunableFlux, Random, Test
 using PrunableFlux: select
 
-mlp(rng, widths...) = Chain((PrunableDense(Dense(randn(rng, Float32, o, i), randn(rng, Float32, o), relu))
-                             for (i, o) in zip(widths, widths[2:end]))...)
 masks(model) = [copy(l.mask) for l in prunables(model)]
 snapshot(model) = deepcopy(Flux.state(model))
 

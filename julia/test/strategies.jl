@@ -1,12 +1,5 @@
 using Flux, PrunableFlux, Random, Tables, Test
 
-function blobs(rng; n = 240)
-    labels = rand(rng, 1:3, n)
-    x = randn(rng, Float32, 6, n) .+ 3 .* (labels' .== (1:6))
-    return x, Flux.onehotbatch(labels, 1:3)
-end
-small(rng) = Chain(PrunableDense(6 => 12, relu; init = glorot(rng)), PrunableDense(12 => 3; init = glorot(rng)))
-glorot(rng) = (dims...) -> Flux.glorot_uniform(rng, dims...)
 quick = Training(epochs = 8, batchsize = 32, optimiser = Adam(0.01))
 
 @testset "without pretraining the first round prunes the initial network" begin
@@ -41,6 +34,16 @@ end
     end
 end
 
+@testset "the first training replays the learning rates, also where it comes after pruning" begin
+    data, loader = blobs(Xoshiro(10)), Flux.DataLoader(blobs(Xoshiro(10)); batchsize = 60)
+    training = Training(epochs = 3, optimiser = Descent(0.1), decay = 0.5)
+    ours, theirs = small(Xoshiro(11)), small(Xoshiro(11))
+    iterative_prune!(ours, loader, data; schedule = OneShot(0.5), finetune = Continue(), training, pretrain = false)
+    prune!(theirs, Magnitude(); sparsity = 0.5)
+    PrunableFlux.fit!(theirs, loader, training)
+    @test Flux.state(ours) == Flux.state(theirs)
+end
+
 @testset "gradual pruning is one training run" begin
     rng = Xoshiro(4)
     model, data = small(rng), blobs(rng)
@@ -64,6 +67,10 @@ end
     prune!(theirs, Magnitude(); sparsity = 0.5, opt)
     train_masked!(Flux.logitcrossentropy, theirs, loader, opt)
     @test Flux.state(ours) == Flux.state(theirs)
+    even, chosen = small(Xoshiro(5)), small(Xoshiro(5)) # 16 steps
+    gradual_prune!(even, loader, data; schedule, training = Training(epochs = 2))
+    gradual_prune!(chosen, loader, data; schedule, training = Training(epochs = 2), every = 4)
+    @test Flux.state(even) == Flux.state(chosen)
 end
 
 @testset "regrow: $(nameof(typeof(method)))" for method in (SET(), RigL())
@@ -123,9 +130,9 @@ end
     rng = Xoshiro(9)
     model, data = small(rng), blobs(rng)
     table = lottery_ticket(model, data, data; schedule = [0.5, 0.75], training = quick, rng)
-    @test Tables.columnnames(Tables.columns(table)) == (:round, :sparsity, :ticket, :reinitialised, :random)
+    @test Tables.columnnames(Tables.columns(table)) == (:round, :sparsity, :ticket, :reinitialised, :random_masks)
     @test [row.sparsity for row in table] == [0, 0.5, 0.75]
     @test all(row -> row.ticket > 0.9, table)
-    @test table[1].ticket == table[1].reinitialised == table[1].random
-    @test_throws ArgumentError lottery_ticket(small(rng), data, data; to = 10_000, training = quick)
+    @test table[1].ticket == table[1].reinitialised == table[1].random_masks
+    @test_throws ArgumentError lottery_ticket(small(rng), data, data; finetune = Rewind(10_000), training = quick)
 end

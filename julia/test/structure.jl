@@ -1,7 +1,5 @@
 using Flux, PrunableFlux, Random, Test
 
-mlp(rng, widths...; σ = relu) = Chain((PrunableDense(Dense(randn(rng, Float32, o, i), randn(rng, Float32, o), σ))
-                                       for (i, o) in zip(widths, widths[2:end]))...)
 counts(model) = [count(l.mask) for l in prunables(model)]
 widths(model) = [size(first(model).mask, 2); [size(l.mask, 1) for l in model]]
 

@@ -78,20 +78,6 @@ end
 
 NofM(n, m; kwargs...) = NofM(; n, m, kwargs...)
 
-"""
-    canonical(layer, A)
-    native(layer, A)
-
-An array of the size of the layer's weight with the dimensions `(out, in, kernel...)`, ordered as PyTorch orders them (which
-does not flip the kernels of convolutions); and back.
-"""
-canonical(::PrunableDense, A) = Array(A)
-canonical(layer::PrunableConv, A) = permutedims(flipped(Array(A)), ndims(A):-1:1)
-native(::PrunableDense, A) = A
-native(layer::PrunableConv, A) = flipped(permutedims(A, ndims(A):-1:1))
-
-flipped(W) = reverse(W; dims = ntuple(identity, ndims(W) - 2))
-
 const Weights = Union{Global,Layerwise,PerOutput,ERK,NofM}
 
 """
