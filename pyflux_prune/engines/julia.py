@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from ..choices import Choice, Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import Diverged, EngineUnavailable, InvalidInput
-from .base import Engine, Float, Int, Layer, Model, Samples, Scores
+from .base import Engine, Model, Samples, Scores
+from .parts import Float, Int, Layer, Part
 
 SECONDS_PER_CALL = 0.2
 """How long one call into Julia trains before Python may look at Ctrl-C and redraw progress."""
@@ -207,8 +208,8 @@ class JuliaModel(Model):
         )
         return JuliaModel([la.name for la in layers], [la.activation for la in layers], model)
 
-    def layers(self) -> list[Layer]:
-        """Return the layers as NumPy views of Julia's memory."""
+    def parts(self) -> list[Part]:
+        """Return all parts, their arrays as NumPy views of Julia's memory."""
         bridge, model = _bridge(), self._model
         return [
             Layer(
