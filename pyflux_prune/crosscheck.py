@@ -26,8 +26,9 @@ from .choices import (
 )
 from .datasets import Dataset
 from .engines import Layer, Model, get_engine
-from .engines.base import Bool, Float, Int, Scores
-from .experiment import Plan, batch_order, check_fit, copies, restart, train_round
+from .engines.base import Scores
+from .engines.parts import Bool, Float, Int, Part, copies
+from .experiment import Plan, batch_order, check_fit, restart, train_round
 from .network import Network
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def crosscheck(
     check_fit(net, data, plan)
     ours, theirs = (get_engine(name).build(net.layers) for name in engines)
     result = CrossCheck()
-    origin: list[Layer] = []
+    origin: list[Part] = []
     for number in range(len(plan.schedule) + 1):
 
         def compare(quantity: str, value: float, tolerance: float, number: int = number) -> None:
@@ -150,9 +151,9 @@ def crosscheck(
         if number:
             _compare_pruning(ours, theirs, data, plan, plan.schedule[number - 1], compare)
             restart(ours, plan, origin, number)
-            theirs.load(ours.layers())
+            theirs.load(ours.parts())
         _compare_functions(ours, theirs, data, compare)
-        start = copies(ours.layers())
+        start = copies(ours.parts())
         if plan.trains(number):
             _compare_steps(ours, theirs, data, plan, number, compare)
             start = train_round(ours, data, plan, number)
@@ -160,7 +161,7 @@ def crosscheck(
         origin = origin if number else start
         accuracies = [m.evaluate(data.x_test, data.y_test)[1] for m in (ours, theirs)]
         compare("accuracy", abs(accuracies[0] - accuracies[1]), ACCURACY)
-        theirs.load(ours.layers())
+        theirs.load(ours.parts())
         _compare_compact(ours, theirs, data, compare)
     return result
 
@@ -193,7 +194,7 @@ def _compare_compact(ours: Model, theirs: Model, data: Dataset, compare: Compare
 
 def _compare_steps(ours: Model, theirs: Model, data: Dataset, plan: Plan, number: int, compare: Compare) -> None:
     """Take the first training steps on both engines, one by one, and go back to where they began."""
-    began, steps = copies(ours.layers()), islice(_steps(len(data.y_train), plan, number), FIRST_STEPS)
+    began, steps = copies(ours.parts()), islice(_steps(len(data.y_train), plan, number), FIRST_STEPS)
     for model in (ours, theirs):
         model.start(plan.training.optimiser)
     weights, losses = 0.0, 0.0
@@ -240,7 +241,7 @@ def _step(model: Model, data: Dataset, eta: float, part: Int) -> tuple[float, li
     """Take one training step; return the loss before it, and the weights and biases after it."""
     model.adjust(eta)
     loss = float(model.train(data.x_train, data.y_train, part, len(part))[0])
-    return loss, _parameters(copies(model.layers()))
+    return loss, _parameters(copies(model.parts()))
 
 
 def _parameters(layers: Sequence[Layer]) -> list[Array]:
@@ -250,7 +251,7 @@ def _parameters(layers: Sequence[Layer]) -> list[Array]:
 def _compare_pruning(
     ours: Model, theirs: Model, data: Dataset, plan: Plan, sparsity: Sparsity, compare: Compare
 ) -> None:
-    before, samples = copies(ours.layers()), (data.x_train, data.y_train)
+    before, samples = copies(ours.parts()), (data.x_train, data.y_train)
     models = (ours,) if plan.saliency.random else (ours, theirs)
     scores = [_that_count(m.scores(plan.saliency, samples), before) for m in models]
     for model in models:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .choices import check_count, check_number
-from .engines.base import Float, Int
+from .engines.parts import Float, Int
 from .errors import InvalidInput
 from .files import StrPath, naming, read_bytes, reading, to_path
 

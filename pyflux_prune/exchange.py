@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from .engines.base import ACTIVATIONS, Bool, Float, Layer, layer_names
+from .engines.parts import ACTIVATIONS, Bool, Float, Layer, layer_names
 from .engines.torch import ACTIVATION_MODULES, linears, mask_weight, sequential
 from .errors import InvalidInput
 from .files import StrPath, atomic_write, naming, read_bytes, to_path

@@ -42,7 +42,7 @@ from .choices import (
 )
 from .datasets import Dataset
 from .engines import Layer, Model, get_engine
-from .engines.base import Int
+from .engines.parts import Int, Part, copies
 from .errors import InvalidInput, LayerCollapse
 from .files import naming, to_path
 from .network import Network, check_dataset, glorot_uniform
@@ -344,7 +344,7 @@ def _without_training(saliency: Saliency) -> Saliency:
     return saliency
 
 
-def _carry_out(run: Run, data: Dataset, folder: Path | None, origin: list[Layer], progress: bool | None) -> Run:
+def _carry_out(run: Run, data: Dataset, folder: Path | None, origin: Sequence[Part], progress: bool | None) -> Run:
     """Do what is left of a run, and write it to ``folder`` after each round."""
     finetune = run.plan.finetune
     with report.progress(len(run.plan.schedule), progress) as tick:
@@ -358,8 +358,8 @@ def _carry_out(run: Run, data: Dataset, folder: Path | None, origin: list[Layer]
 
 
 def advance(
-    run: Run, data: Dataset, origin: list[Layer], tick: report.Tick = report.silent
-) -> Iterator[list[Layer]]:
+    run: Run, data: Dataset, origin: Sequence[Part], tick: report.Tick = report.silent
+) -> Iterator[list[Part]]:
     """Do what is left of a run; after each round, yield the layers that survivors go back to.
 
     ``origin`` holds those layers, once round 0 is done.
@@ -370,7 +370,7 @@ def advance(
         if number:
             model.prune(plan.saliency, plan.schedule[number - 1], plan.structure, (data.x_train, data.y_train))
             restart(model, plan, origin, number)
-        start = train_round(model, data, plan, number, tick) if plan.trains(number) else copies(model.layers())
+        start = train_round(model, data, plan, number, tick) if plan.trains(number) else copies(model.parts())
         run.add(evaluate(model, data, number, began))
         origin = origin if number else start
         yield origin
@@ -378,12 +378,12 @@ def advance(
 
 def train_round(
     model: Model, data: Dataset, plan: Plan, number: int, tick: report.Tick = report.silent
-) -> list[Layer]:
-    """Train for one round; return copies of the layers as they were at the step that survivors restart from."""
-    origin = copies(model.layers())
+) -> list[Part]:
+    """Train for one round; return copies of the parts as they were at the step that survivors restart from."""
+    origin = copies(model.parts())
     restart_at = plan.finetune.to if isinstance(plan.finetune, Rewind) else 0
     for _ in train(model, data, plan.training, plan.seed, number, partial(plan.eta, number), [restart_at], tick):
-        origin = copies(model.layers())
+        origin = copies(model.parts())
     return origin
 
 
@@ -430,21 +430,18 @@ def batch_order(n: int, seed: int, number: int, epoch: int) -> Int:
     return np.random.default_rng([seed, number, epoch]).permutation(n)
 
 
-def copies(layers: list[Layer]) -> list[Layer]:
-    """Return the layers with arrays of their own."""
-    return [
-        replace(la, weight=la.weight.copy(), mask=la.mask.copy(), bias=None if la.bias is None else la.bias.copy())
-        for la in layers
-    ]
-
-
-def restart(model: Model, plan: Plan, origin: list[Layer], number: int) -> None:
+def restart(model: Model, plan: Plan, origin: Sequence[Part], number: int) -> None:
     """Set the survivors of a round to what they restart from; ``origin`` is what ``train_round`` returned."""
     if plan.finetune is not None and plan.finetune.goes_back:
-        start = [replace(then, mask=now.mask) for then, now in zip(origin, model.layers(), strict=True)]
-        if isinstance(plan.finetune, Reinitialize):
-            rng = np.random.default_rng([plan.seed, number])
-            start = [replace(la, weight=glorot_uniform(rng, *la.weight.shape)) for la in start]
+        masks = iter([layer.mask for layer in model.layers()])
+        rng = np.random.default_rng([plan.seed, number])
+        start: list[Part] = []
+        for part in origin:
+            if isinstance(part, Layer):
+                part = replace(part, mask=next(masks))
+                if isinstance(plan.finetune, Reinitialize):
+                    part = replace(part, weight=glorot_uniform(rng, *part.weight.shape))
+            start.append(part)
         model.load(start)
 
 

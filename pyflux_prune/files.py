@@ -31,7 +31,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .engines.base import ACTIVATIONS, Layer
+from .engines.parts import ACTIVATIONS, Layer
 from .errors import InvalidInput
 
 MAX_LAYERS = 1000

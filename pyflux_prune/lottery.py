@@ -27,9 +27,9 @@ from .choices import (
 )
 from .datasets import Dataset
 from .engines import Layer, Model
-from .engines.base import Bool
+from .engines.parts import Bool, copies
 from .errors import InvalidInput
-from .experiment import Plan, Run, advance, begin, copies, restart, train_round
+from .experiment import Plan, Run, advance, begin, restart, train_round
 from .network import Network, mlp
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def lottery_ticket(
 def _controls(run: Run, data: Dataset, tick: report.Tick) -> Iterator[tuple[float, float]]:
     """Carry out a run; after each round, yield the accuracies of its mask on new weights, and of random masks."""
     plan = replace(run.plan, finetune=Reinitialize())
-    initial, other = copies(run.network.layers), run.network.copy().model
+    initial, other = copies(run.network.model.parts()), run.network.copy().model
     for origin in advance(run, data, [], _third(tick, 0)):
         if number := len(run.rounds):
             masks = run.network.masks

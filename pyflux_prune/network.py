@@ -24,7 +24,8 @@ from .choices import (
 )
 from .datasets import Dataset, check_inputs, check_labels
 from .engines import ACTIVATIONS, Layer, Model, get_engine
-from .engines.base import Bool, Float, Int, Samples, layer_names
+from .engines.base import Samples
+from .engines.parts import Bool, Float, Int, layer_names
 from .errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -181,10 +182,10 @@ def mlp(sizes: Sequence[int], *, activation: str = "relu", seed: int = 0, engine
     return _build(layers, engine)
 
 
-def glorot_uniform(rng: np.random.Generator, n_out: int, n_in: int) -> Float:
-    """Return (out, in) weights uniform in ±√(6 / (in + out)) (Glorot & Bengio 2010)."""
-    limit = math.sqrt(6 / (n_in + n_out))
-    return rng.uniform(-limit, limit, (n_out, n_in)).astype(np.float32)
+def glorot_uniform(rng: np.random.Generator, n_out: int, n_in: int, *kernel: int) -> Float:
+    """Return (out, in, kernel...) weights uniform in ±√(6 / ((in + out)·places)) (Glorot & Bengio 2010)."""
+    limit = math.sqrt(6 / ((n_in + n_out) * math.prod(kernel)))
+    return rng.uniform(-limit, limit, (n_out, n_in, *kernel)).astype(np.float32)
 
 
 def prune(

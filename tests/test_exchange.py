@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from pyflux_prune.engines.base import ACTIVATIONS, Float, Layer
+from pyflux_prune.engines.parts import ACTIVATIONS, Float, Layer
 from pyflux_prune.engines.torch import TorchEngine
 from pyflux_prune.errors import InvalidInput
 from pyflux_prune.exchange import (

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from pyflux_prune import files
-from pyflux_prune.engines.base import ACTIVATIONS, Layer
+from pyflux_prune.engines.parts import ACTIVATIONS, Layer
 from pyflux_prune.errors import InvalidInput
 from pyflux_prune.files import MAX_LAYERS, atomic_write, check_layers, read_model, write_model
 

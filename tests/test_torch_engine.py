@@ -46,7 +46,7 @@ from pyflux_prune.choices import (
     RigL,
     RMSProp,
 )
-from pyflux_prune.engines.base import ACTIVATIONS, Layer
+from pyflux_prune.engines.parts import ACTIVATIONS, Layer
 from pyflux_prune.engines.torch import TorchEngine, TorchModel
 from pyflux_prune.errors import InvalidInput
 

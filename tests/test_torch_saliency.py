@@ -53,7 +53,7 @@ from pyflux_prune.choices import (
     Training,
     Wanda,
 )
-from pyflux_prune.engines.base import ACTIVATIONS, Bool, Float, Int, Layer
+from pyflux_prune.engines.parts import ACTIVATIONS, Bool, Float, Int, Layer
 from pyflux_prune.engines.torch import TorchModel
 from pyflux_prune.errors import InvalidInput
 

@@ -51,7 +51,7 @@ from pyflux_prune.choices import (
     Threshold,
     Wanda,
 )
-from pyflux_prune.engines.base import Bool, Layer
+from pyflux_prune.engines.parts import Bool, Layer
 from pyflux_prune.engines.torch import TorchModel, pruning
 from pyflux_prune.errors import InvalidInput, LayerCollapse
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyflux_prune.choices import Global, Magnitude, Sparsity
-from pyflux_prune.engines.base import Bool, Float, Int, Layer
+from pyflux_prune.engines.parts import Bool, Float, Int, Layer
 from pyflux_prune.engines.torch import TorchEngine, TorchModel
 
 WIDTHS = (7, 6, 5, 3)

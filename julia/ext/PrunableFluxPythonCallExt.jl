@@ -3,13 +3,13 @@
 # (samples, features) array is Julia's (features, samples). Python keeps an array alive while Julia may read it.
 module PrunableFluxPythonCallExt
 
-using Flux: Flux, Chain, Dense, logitcrossentropy, onehotbatch
+using Flux: Flux, BatchNorm, Chain, Conv, Dense, MaxPool, MeanPool, logitcrossentropy, onehotbatch, testmode!
 using MLUtils: BatchView, obsview
 using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
-using PrunableFlux: PrunableFlux, Global, Layerwise, Prunable, PrunableDense, evaluate, mask!, prunables, prune_silently!,
-                    saliency, step!, zero_pruned!
+using PrunableFlux: PrunableFlux, Global, Layerwise, Prunable, PrunableConv, PrunableDense, canonical, evaluate, flipped,
+                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, zero_pruned!
 import PythonCall
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
@@ -18,54 +18,88 @@ borrow(::Type{T}, address, dims...) where {T} = unsafe_wrap(Array, Ptr{T}(UInt(a
 
 # Row-major in NumPy, column-major here: weights and masks are copied, both ways.
 rows(::Type{T}, address, outputs, inputs) where {T} = permutedims(borrow(T, address, inputs, outputs))
+rows(::Type{T}, address, outputs, inputs, height, width) where {T} =
+    flipped(borrow(T, address, width, height, inputs, outputs))
 
-layer(outputs, inputs, weight, mask, bias, activation) = PrunableDense(
-    Dense(rows(Float32, weight, outputs, inputs), iszero(bias) ? false : copy(borrow(Float32, bias, outputs)),
-          ACTIVATIONS[Symbol(activation)]),
+vector(address, n) = copy(borrow(Float32, address, n))
+given_bias(address, n) = iszero(address) ? false : vector(address, n)
+
+dense(outputs, inputs, weight, mask, bias, activation) = PrunableDense(
+    Dense(rows(Float32, weight, outputs, inputs), given_bias(bias, outputs), ACTIVATIONS[Symbol(activation)]),
     rows(Bool, mask, outputs, inputs))
 
-# A vector, not a tuple, of layers: one type for networks of every depth, so that all of them are precompiled.
-network(layers...) = Chain(PrunableDense[layers...])
+conv(outputs, inputs, height, width, weight, mask, bias, activation, stride, pad, dilation) = PrunableConv(
+    Conv(rows(Float32, weight, outputs, inputs, height, width), given_bias(bias, outputs), ACTIVATIONS[Symbol(activation)];
+         stride, pad, dilation),
+    rows(Bool, mask, outputs, inputs, height, width))
+
+batchnorm(n, weight, bias, mean, variance, activation, epsilon, momentum) =
+    BatchNorm(ACTIVATIONS[Symbol(activation)], map(at -> vector(at, n), (bias, weight, mean, variance))...,
+              Float32(epsilon), Float32(momentum), true, true, nothing, n)
+
+pool(kind, size, stride, pad) = (kind == "max" ? MaxPool : MeanPool)(size; stride, pad)
+
+flatten() = Flux.flatten
+
+# A vector, not a tuple, of layers: one type for perceptrons of every depth, so that all of them are precompiled.
+network(parts...) = Chain(all(part -> part isa PrunableDense, parts) ? PrunableDense[parts...] : Any[parts...])
 
 outputs(model) = size(last(model.layers).mask, 1)
 
-weight(model, i) = zero_pruned!(model[i].dense.weight, model[i].mask)
+weight(model, i) = zero_pruned!(PrunableFlux.weight(model[i]), model[i].mask)
 mask(model, i) = model[i].mask
-bias(model, i) = model[i].dense.bias
+bias(model, i) = PrunableFlux.bias(model[i])
 
-function load!(model, i, weight, mask, bias)
-    (; dense) = model[i]
-    copyto!(dense.weight, rows(Float32, weight, size(dense.weight)...))
-    copyto!(model[i].mask, rows(Bool, mask, size(dense.weight)...))
-    iszero(bias) || copyto!(dense.bias, borrow(Float32, bias, length(dense.bias)))
-    mask!(model[i])
-    return nothing
+const NORM = Dict("weight" => :γ, "bias" => :β, "mean" => :μ, "variance" => :σ²)
+norm(model, i, name) = getfield(model[i], NORM[name])
+
+load!(model, i, addresses...) = (load!(model[i], addresses...); nothing)
+load!(part) = part
+function load!(layer::Prunable, weight, mask, bias)
+    sizes = size(canonical(layer, layer.mask))
+    copyto!(PrunableFlux.weight(layer), rows(Float32, weight, sizes...))
+    copyto!(layer.mask, rows(Bool, mask, sizes...))
+    iszero(bias) || copyto!(PrunableFlux.bias(layer), borrow(Float32, bias, first(sizes)))
+    return mask!(layer)
+end
+function load!(part::BatchNorm, addresses...)
+    foreach((to, at) -> copyto!(to, borrow(Float32, at, part.chs)), (part.γ, part.β, part.μ, part.σ²), addresses)
+    return part
 end
 
 "The struct of this name with these fields, whether a choice of PrunableFlux or a rule of Optimisers."
 choice(name; fields...) =
     getproperty(isdefined(PrunableFlux, Symbol(name)) ? PrunableFlux : Optimisers, Symbol(name))(; fields...)
 
-samples(model, x, features, y, n) =
-    borrow(Float32, x, features, n), onehotbatch(borrow(Int64, y, n), 0:(outputs(model) - 1))
+samples(model, x, sizes, y, n) =
+    borrow(Float32, x, sizes..., n), onehotbatch(borrow(Int64, y, n), 0:(outputs(model) - 1))
 
-forward(model, x, features, n) = model(borrow(Float32, x, features, n))
+forward(model, x, sizes, n) = model(borrow(Float32, x, sizes..., n))
 
-score(model, x, features, y, n) = values(evaluate(model, samples(model, x, features, y, n)))
+score(model, data...) = values(evaluate(model, samples(model, data...)))
 
-function loss_and_gradients(model, x, features, y, n)
-    input, target = samples(model, x, features, y, n)
+function loss_and_gradients(model, data...)
+    input, target = samples(model, data...)
+    testmode!(model)
     loss, (gradient,) = Flux.withgradient(m -> logitcrossentropy(m(input), target), model)
-    return loss, [(g.dense.weight, g.dense.bias) for g in gradient.layers]
+    testmode!(model, :auto)
+    return loss, [begin
+        (; weight, bias) = inner(g, layer)
+        canonical(layer, weight), bias
+    end for (layer, g) in zip(model.layers, gradient.layers) if layer isa Prunable]
 end
 
 setup(model, rule) = Flux.setup(rule, model)
 adjust(opt, eta) = (Optimisers.adjust!(opt, eta); nothing)
 
-"Samples for a criterion, which may be none."
-given(model, x, features, y, n) = iszero(n) ? () : (samples(model, x, features, y, n),)
+"Samples for a criterion, which may be none; an image of zeros then tells those that need to know their size."
+function given(model, x, sizes, y, n)
+    iszero(n) || return (samples(model, x, sizes, y, n),)
+    return length(sizes) == 1 ? () : ((zeros(Float32, sizes..., 1), onehotbatch([0], 0:(outputs(model) - 1))),)
+end
 
-scores(model, criterion, data...) = map(Array, saliency(criterion, model, given(model, data...)...))
+scores(model, criterion, data...) =
+    map(host_scores, prunables(model), saliency(criterion, model, given(model, data...)...))
 
 # Python gives the warning about layers without weights itself.
 function prune(model, criterion, sparsity, structure, opt, data...)
@@ -78,7 +112,7 @@ function regrow(model, method, fraction, opt, data...)
     return nothing
 end
 
-compact(model) = network(prunables(PrunableFlux.compact(model))...)
+compact(model) = network(PrunableFlux.compact(model).layers...)
 
 "A training run over given batches that can be left and taken up again between two steps."
 mutable struct Steps{M,O,B}
@@ -90,8 +124,8 @@ mutable struct Steps{M,O,B}
     done::Int
 end
 
-function Steps(model, opt, x, features, y, n, order, visited, batchsize)
-    data = obsview(samples(model, x, features, y, n), borrow(Int64, order, visited) .+ 1)
+function Steps(model, opt, x, sizes, y, n, order, visited, batchsize)
+    data = obsview(samples(model, x, sizes, y, n), borrow(Int64, order, visited) .+ 1)
     batches = BatchView(data; batchsize = min(batchsize, visited), partial = true)
     return Steps(model, prunables(model), opt, batches, zeros(Float32, length(batches)), 0)
 end
@@ -114,14 +148,14 @@ end
     w, m, b = rand(Float32, 9), fill(true, 9), zeros(Float32, 3)
     at(array) = Int(pointer(array))
     @compile_workload GC.@preserve x y order w m b begin
-        model = network((layer(3, 3, at(w), at(m), at(b), String(name)) for name in keys(ACTIVATIONS))...)
+        model = network((dense(3, 3, at(w), at(m), at(b), String(name)) for name in keys(ACTIVATIONS))...)
         load!(model, 1, at(w), at(m), at(b))
         weight(model, 1), mask(model, 1), bias(model, 1), repr(model)
         opt = setup(model, choice("Adam"; eta = 0.01, beta = (0.9, 0.999), epsilon = 1e-8))
         steps = Steps(model, opt, at(x), 3, at(y), 12, at(order), 12, 5)
         advance!(steps, 0.2), length(steps.losses)
         for structure in (Global(), Layerwise())
-            prune(model, choice("Magnitude"), 0.2, structure, opt, 0, 0, 0, 0)
+            prune(model, choice("Magnitude"), 0.2, structure, opt, 0, 3, 0, 0)
         end
         for name in ("Magnitude", "Taylor", "SynFlow", "OBD", "Wanda")
             scores(model, choice(name), at(x), 3, at(y), 12)

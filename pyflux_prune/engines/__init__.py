@@ -6,9 +6,23 @@ import functools
 import warnings
 
 from ..errors import EngineUnavailable, InvalidInput
-from .base import ACTIVATIONS, Engine, Layer, Model
+from .base import Engine, Model
+from .parts import ACTIVATIONS, BatchNorm, ConvLayer, Flatten, Input, Layer, Part, Pool
 
-__all__ = ["ACTIVATIONS", "ENGINES", "Engine", "Layer", "Model", "get_engine"]
+__all__ = [
+    "ACTIVATIONS",
+    "ENGINES",
+    "BatchNorm",
+    "ConvLayer",
+    "Engine",
+    "Flatten",
+    "Input",
+    "Layer",
+    "Model",
+    "Part",
+    "Pool",
+    "get_engine",
+]
 
 ENGINES = ("auto", "julia", "torch")
 

@@ -1,8 +1,9 @@
 """The interface that both engines have, and the values that cross it.
 
-Arrays are NumPy. Inputs are (samples, features) float32, C-contiguous; labels are (samples,) int64 from 0;
-weights and masks are (out, in). Everything that reaches an engine has been checked (see ``network`` and
-``datasets``); an engine may assume it.
+Arrays are NumPy. Inputs are (samples, features) float32, C-contiguous, images flattened channel by channel and row
+by row; labels are (samples,) int64 from 0; weights and masks are (out, in), of convolutions (out, in, height,
+width). Everything that reaches an engine has been checked (see ``network`` and ``datasets``); an engine may assume
+it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,55 +18,13 @@ import numpy.typing as npt
 
 from ..choices import Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import InvalidInput, LayerCollapse
-
-Float = npt.NDArray[np.float32]
-Bool = npt.NDArray[np.bool_]
-Int = npt.NDArray[np.int64]
+from .parts import Float, Int, Layer, Part, prunable
 
 Scores = npt.NDArray[np.floating[Any]]
 """Most criteria are computed in float64."""
 
 Samples = tuple[Float, Int]
 """Inputs (samples, features) and labels (samples,)."""
-
-ACTIVATIONS = ("identity", "relu", "tanh", "sigmoid")
-"""Activations that both engines and the model file know."""
-
-
-def layer_names(activations: Sequence[str]) -> list[str]:
-    """Return the names of layers with these activations: an activation takes the number after its layer's."""
-    sizes = [1 if a == "identity" else 2 for a in activations]
-    return [str(sum(sizes[:i])) for i in range(len(sizes))]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One prunable dense layer, σ.((weight .* mask) * x .+ bias).
-
-    Attributes:
-        name: its place in the equivalent ``torch.nn.Sequential``, where activations count ("0", "2", …); unique.
-        weight: (out, in) float32; exactly 0 where pruned.
-        mask: (out, in) bool; True keeps.
-        bias: (out,) float32, or None.
-        activation: one of ``ACTIVATIONS``.
-
-    """
-
-    name: str
-    weight: Float
-    mask: Bool
-    bias: Float | None
-    activation: str
-
-    @property
-    def density(self) -> float:
-        """The share of weights that is kept."""
-        return float(self.mask.mean()) if self.mask.size else 1.0
-
-    @property
-    def sparsity(self) -> float:
-        """The share of weights that is pruned."""
-        return 1.0 - self.density
 
 
 class Model(ABC):
@@ -76,12 +34,16 @@ class Model(ABC):
     """"julia" or "torch"."""
 
     @abstractmethod
+    def parts(self) -> list[Part]:
+        """Return all parts, their arrays as NumPy views of the engine's own memory."""
+
     def layers(self) -> list[Layer]:
-        """Return the layers as NumPy views of the engine's own memory."""
+        """Return the parts that can be pruned."""
+        return prunable(self.parts())
 
     @abstractmethod
-    def load(self, layers: Sequence[Layer]) -> None:
-        """Copy weights, biases and masks in; shapes and activations are those of the model."""
+    def load(self, parts: Sequence[Part]) -> None:
+        """Copy all arrays of these parts in; all else is that of the model."""
 
     @abstractmethod
     def forward(self, x: Float) -> Float:
@@ -182,8 +144,8 @@ class Engine(ABC):
     name: str
 
     @abstractmethod
-    def build(self, layers: Sequence[Layer]) -> Model:
-        """Return a new model with copies of these layers' arrays."""
+    def build(self, parts: Sequence[Part]) -> Model:
+        """Return a new model with copies of these parts' arrays."""
 
     @abstractmethod
     def versions(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from ..choices import Choice, Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import Diverged, EngineUnavailable, InvalidInput
-from .base import Engine, Float, Int, Layer, Model, Samples, Scores
+from .base import Engine, Model, Samples, Scores
+from .parts import BatchNorm, ConvLayer, Flatten, Float, Input, Int, Layer, Part, Pool, arrays, input_shape
 
 SECONDS_PER_CALL = 0.2
 """How long one call into Julia trains before Python may look at Ctrl-C and redraw progress."""
@@ -186,59 +187,62 @@ def _at(array: npt.NDArray[Any] | None) -> int:
 
 
 class JuliaModel(Model):
-    """A Flux ``Chain`` of ``PrunableDense`` in Julia's memory."""
+    """A Flux ``Chain`` in Julia's memory."""
 
     engine = "julia"
 
-    def __init__(self, names: Sequence[str], activations: Sequence[str], model: Any) -> None:
-        """Wrap a Julia network whose layers have these names and activations."""
-        self._names, self._activations, self._model = names, activations, model
+    def __init__(self, parts: Sequence[Part], model: Any) -> None:
+        """Wrap a Julia network whose parts are like these but for their arrays."""
+        self._like, self._model = list(parts), model
+        self._shape = input_shape(parts)
         self._opt: Any = None
 
     @staticmethod
-    def build(layers: Sequence[Layer]) -> JuliaModel:
-        """Copy the layers' arrays into Julia: they are row-major here and column-major there."""
-        layers = [_row_major(layer) for layer in layers]
-        model = _bridge().network(
-            *(
-                _bridge().layer(*la.weight.shape, _at(la.weight), _at(la.mask), _at(la.bias), la.activation)
-                for la in layers
-            )
-        )
-        return JuliaModel([la.name for la in layers], [la.activation for la in layers], model)
+    def build(parts: Sequence[Part]) -> JuliaModel:
+        """Copy the parts' arrays into Julia."""
+        parts = [_row_major(part) for part in parts]
+        made = [_made(part) for part in parts if not isinstance(part, Input)]
+        return JuliaModel(parts, _bridge().network(*made))
 
-    def layers(self) -> list[Layer]:
-        """Return the layers as NumPy views of Julia's memory."""
-        bridge, model = _bridge(), self._model
-        return [
-            Layer(
-                name,
-                np.asarray(bridge.weight(model, i)),
-                np.asarray(bridge.mask(model, i)),
-                None if (bias := bridge.bias(model, i)) is False else np.asarray(bias),
-                activation,
-            )
-            for i, (name, activation) in enumerate(zip(self._names, self._activations, strict=True), start=1)
-        ]
+    def parts(self) -> list[Part]:
+        """Return all parts, their arrays as NumPy views of Julia's memory."""
+        bridge, model, found, place = _bridge(), self._model, list[Part](), 0
+        for part in self._like:
+            place += not isinstance(part, Input)
+            match part:
+                case Layer():
+                    bias = bridge.bias(model, place)
+                    part = replace(
+                        part,
+                        weight=_view(bridge.weight(model, place)),
+                        mask=_view(bridge.mask(model, place)),
+                        bias=None if bias is False else np.asarray(bias),
+                    )
+                case BatchNorm():
+                    views: dict[str, Any] = {n: np.asarray(bridge.norm(model, place, n)) for n in arrays(part)}
+                    part = replace(part, **views)
+            found.append(part)
+        return found
 
-    def load(self, layers: Sequence[Layer]) -> None:
-        """Copy weights, biases and masks in."""
-        for i, la in enumerate(map(_row_major, layers), start=1):
-            getattr(_bridge(), "load!")(self._model, i, _at(la.weight), _at(la.mask), _at(la.bias))
+    def load(self, parts: Sequence[Part]) -> None:
+        """Copy all arrays of these parts in."""
+        load = getattr(_bridge(), "load!")
+        for place, part in enumerate(part for part in parts if not isinstance(part, Input)):
+            load(self._model, place + 1, *map(_at, _arrays(_row_major(part))))
 
     def forward(self, x: Float) -> Float:
-        """Return the outputs, a view of Julia's memory."""
-        n, features = x.shape
-        return np.asarray(_bridge().forward(self._model, _at(x), features, n)).T
+        """Return the outputs, a view of Julia's memory; those of a convolution flattened."""
+        outputs = np.asarray(_bridge().forward(self._model, _at(x), self._sizes(), len(x))).T
+        return outputs.reshape(len(x), -1)
 
     def evaluate(self, x: Float, y: Int) -> tuple[float, float]:
         """Return the mean cross-entropy and the accuracy."""
-        loss, accuracy = _bridge().score(self._model, *_samples(x, y))
+        loss, accuracy = _bridge().score(self._model, *self._samples(x, y))
         return float(loss), float(accuracy)
 
     def loss_and_gradients(self, x: Float, y: Int) -> tuple[float, list[tuple[Float, Float | None]]]:
         """Return the mean cross-entropy and each layer's gradient."""
-        loss, gradients = _bridge().loss_and_gradients(self._model, *_samples(x, y))
+        loss, gradients = _bridge().loss_and_gradients(self._model, *self._samples(x, y))
         return float(loss), [(np.asarray(w), None if b is None else np.asarray(b)) for w, b in gradients]
 
     def start(self, optimiser: Optimiser) -> None:
@@ -250,7 +254,7 @@ class JuliaModel(Model):
     ) -> Float:
         """Train over the given batches, in Julia, coming back a few times a second for Ctrl-C and ``tick``."""
         order = np.ascontiguousarray(order, np.int64)
-        steps = _bridge().Steps(self._model, self._opt, *_samples(x, y), _at(order), len(order), batchsize)
+        steps = _bridge().Steps(self._model, self._opt, *self._samples(x, y), _at(order), len(order), batchsize)
         total, done = len(steps.losses), 0
         while done < total:
             with _translated():
@@ -266,39 +270,77 @@ class JuliaModel(Model):
     def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
         """Return the saliency of each layer's weights or neurons."""
         with _translated():
-            return [np.asarray(s) for s in _bridge().scores(self._model, _choice(saliency), *_maybe(data))]
+            return [np.asarray(s) for s in _bridge().scores(self._model, _choice(saliency), *self._given(data))]
 
     def _prune(
         self, saliency: Saliency, sparsity: Sparsity | None, structure: Structure, data: Samples | None
     ) -> None:
         with _translated():
             chosen = _choice(saliency), sparsity, _choice(structure)
-            _bridge().prune(self._model, *chosen, self._opt, *_maybe(data))
+            _bridge().prune(self._model, *chosen, self._opt, *self._given(data))
 
     def regrow(self, method: Regrowth, fraction: float, data: Samples) -> None:
         """Give the place of the smallest weights to others."""
         with _translated():
-            _bridge().regrow(self._model, _choice(method), fraction, self._opt, *_samples(*data))
+            _bridge().regrow(self._model, _choice(method), fraction, self._opt, *self._samples(*data))
 
     def compact(self) -> JuliaModel:
         """Return a model of its own without the neurons that do nothing."""
         with _translated():
-            return JuliaModel(self._names, self._activations, _bridge().compact(self._model))
+            return JuliaModel(self._like, _bridge().compact(self._model))
+
+    def _sizes(self) -> Any:
+        """Return the number of features, or the sizes of an image in Julia, where the first varies fastest."""
+        return self._shape[0] if len(self._shape) == 1 else self._shape[::-1]
+
+    def _samples(self, x: Float, y: Int) -> tuple[int, Any, int, int]:
+        """Return what the bridge takes for samples: where they are, their sizes, where labels are, how many."""
+        return _at(x), self._sizes(), _at(y), len(x)
+
+    def _given(self, data: Samples | None) -> tuple[int, Any, int, int]:
+        """Return the samples of a criterion, which may be none."""
+        return (0, self._sizes(), 0, 0) if data is None else self._samples(*data)
 
 
-def _row_major(layer: Layer) -> Layer:
-    """Return the layer with row-major arrays; a network of this engine has column-major ones."""
-    return replace(layer, weight=np.ascontiguousarray(layer.weight), mask=np.ascontiguousarray(layer.mask))
+def _made(part: Part) -> Any:
+    """Return the Flux layer with copies of a part's arrays."""
+    bridge = _bridge()
+    match part:
+        case ConvLayer():
+            arguments = *part.weight.shape, *map(_at, _arrays(part)), part.activation
+            return bridge.conv(*arguments, part.stride[::-1], part.padding[::-1], part.dilation[::-1])
+        case Layer():
+            return bridge.dense(*part.weight.shape, *map(_at, _arrays(part)), part.activation)
+        case BatchNorm():
+            arguments = len(part.weight), *map(_at, _arrays(part)), part.activation
+            return bridge.batchnorm(*arguments, part.epsilon, part.momentum)
+        case Pool():
+            return bridge.pool(part.kind, part.size[::-1], part.stride[::-1], part.padding[::-1])
+        case Flatten():
+            return bridge.flatten()
+    raise AssertionError(part)
 
 
-def _samples(x: Float, y: Int) -> tuple[int, int, int, int]:
-    """Return what the bridge takes for samples: where they are, features, where labels are, how many."""
-    n, features = x.shape
-    return _at(x), features, _at(y), n
+def _arrays(part: Part) -> list[npt.NDArray[Any] | None]:
+    """Return the arrays of a part in the order in which the bridge takes them."""
+    match part:
+        case Layer():
+            return [part.weight, part.mask, part.bias]
+        case BatchNorm():
+            return [part.weight, part.bias, part.mean, part.variance]
+    return []
 
 
-def _maybe(data: Samples | None) -> tuple[int, int, int, int]:
-    return (0, 0, 0, 0) if data is None else _samples(*data)
+def _view(array: Any) -> npt.NDArray[Any]:
+    """Return Julia's array of a weight's size as (out, in, height, width): there, kernels are flipped."""
+    view: npt.NDArray[Any] = np.asarray(array)
+    return view if view.ndim == 2 else view.T[:, :, ::-1, ::-1]
+
+
+def _row_major(part: Part) -> Part:
+    """Return the part with row-major arrays; a network of this engine has others."""
+    row_major: dict[str, Any] = {name: np.ascontiguousarray(array) for name, array in arrays(part).items()}
+    return replace(part, **row_major)
 
 
 class JuliaEngine(Engine):
@@ -310,9 +352,9 @@ class JuliaEngine(Engine):
         """Start Julia if this process has not yet; EngineUnavailable where that cannot be done."""
         start()
 
-    def build(self, layers: Sequence[Layer]) -> JuliaModel:
-        """Return a new model with copies of these layers' arrays."""
-        return JuliaModel.build(layers)
+    def build(self, parts: Sequence[Part]) -> JuliaModel:
+        """Return a new model with copies of these parts' arrays."""
+        return JuliaModel.build(parts)
 
     def versions(self) -> dict[str, Any]:
         """Return the versions, threads and BLAS that results depend on."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..base import Layer
+from ..parts import Layer
 from .double import Double
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from ..base import Layer, Samples
+from ..base import Samples
+from ..parts import Layer
 from .modules import ACTIVATION_MODULES, tensor
 
 

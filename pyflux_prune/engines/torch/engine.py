@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..base import Engine, Layer
+from ..base import Engine
+from ..parts import Layer
 from .model import TorchModel
 
 

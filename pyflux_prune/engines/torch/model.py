@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from ...choices import Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ...errors import Diverged
-from ..base import Float, Int, Layer, Model, Samples, Scores
+from ..base import Model, Samples, Scores
+from ..parts import Float, Int, Layer, Part
 from .compact import compact
 from .double import Double
 from .modules import linears, mask_weight, sequential, tensor
@@ -69,13 +70,13 @@ class TorchModel(Model):
             )
         self._zero_pruned()
 
-    def layers(self) -> list[Layer]:
-        """Return the layers as NumPy views of torch's own memory, which stays where it is."""
+    def parts(self) -> list[Part]:
+        """Return all parts, their arrays as NumPy views of torch's own memory, which stays where it is."""
         self._zero_pruned()
         return list(self._layers)
 
-    def load(self, layers: Sequence[Layer]) -> None:
-        """Copy weights, biases and masks in; shapes and activations are those of the model."""
+    def load(self, layers: Sequence[Part]) -> None:
+        """Copy all arrays of these parts in; all else is that of the model."""
         for mine, given in zip(self._layers, layers, strict=True):
             mine.weight[:] = given.weight
             mine.mask[:] = given.mask
