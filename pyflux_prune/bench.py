@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .choices import Adam, Global, Magnitude, Sparsity
 from .engines import get_engine
-from .network import mlp
+from .architectures import mlp
 
 REPEATS = 5
 

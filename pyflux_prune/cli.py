@@ -227,7 +227,7 @@ def run(
     weights of the least magnitude and rewind the others to their initial values.
     """
     from . import datasets, experiment, report
-    from .network import mlp
+    from .architectures import mlp
 
     dataset = datasets.load(data)
     if resume_from is not None:
@@ -272,7 +272,7 @@ def crosscheck(
 
     from . import datasets
     from .crosscheck import crosscheck as check
-    from .network import mlp
+    from .architectures import mlp
 
     dataset = datasets.load(data)
     if rounds is None and schedule != "oneshot":

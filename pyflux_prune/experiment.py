@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import report, rundir
+from .architectures import glorot_uniform
 from .choices import (
     Choice,
     Continue,
@@ -45,7 +46,7 @@ from .engines import Layer, Model, get_engine
 from .engines.parts import Int, Part, copies
 from .errors import InvalidInput, LayerCollapse
 from .files import naming, to_path
-from .network import Network, check_dataset, glorot_uniform
+from .network import Network, check_dataset
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import report
+from .architectures import mlp
 from .choices import (
     Exponential,
     Layerwise,
@@ -30,7 +31,7 @@ from .engines import Layer, Model
 from .engines.parts import Bool, copies
 from .errors import InvalidInput
 from .experiment import Plan, Run, advance, begin, restart, train_round
-from .network import Network, mlp
+from .network import Network
 
 if TYPE_CHECKING:
     from rich.table import Table

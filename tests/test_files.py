@@ -22,7 +22,7 @@ from safetensors import safe_open
 from pyflux_prune import files
 from pyflux_prune.engines.parts import ACTIVATIONS, Layer
 from pyflux_prune.errors import InvalidInput
-from pyflux_prune.files import MAX_LAYERS, atomic_write, check_layers, read_model, write_model
+from pyflux_prune.files import MAX_LAYERS, atomic_write, check_parts, read_model, write_model
 
 torch = pytest.importorskip("torch")
 load_torch = pytest.importorskip("safetensors.torch").load_file
@@ -203,7 +203,7 @@ def layer(**change: Any) -> Layer:
 def test_unusable_layers_are_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     refuses_to_write(tmp_path, message, [layer(**change)])
     with pytest.raises(InvalidInput, match=message):
-        check_layers([layer(**change)])
+        check_parts([layer(**change)])
 
 
 @pytest.mark.parametrize(
@@ -535,6 +535,6 @@ def test_damaged_files_are_refused_or_read(
     path.write_bytes(damaged[: data.draw(st.just(len(damaged)) | st.integers(0, len(damaged)))])
     with contextlib.suppress(InvalidInput):
         layers, _ = read_model(path)
-        check_layers(layers)
+        check_parts(layers)
         write_model(path, layers, sparse=sparse)
         assert_same(read_model(path)[0], layers)
