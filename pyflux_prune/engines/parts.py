@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -221,9 +222,16 @@ def _slide(
 
 def copies(parts: Sequence[Part]) -> list[Part]:
     """Return the parts with arrays of their own."""
-    return [replace(part, **{name: array.copy() for name, array in arrays(part).items()}) for part in parts]
+    return [with_arrays(part, {name: array.copy() for name, array in arrays(part).items()}) for part in parts]
 
 
 def arrays(part: Part) -> dict[str, npt.NDArray[np.float32 | np.bool_]]:
     """Return the arrays that a part holds, by the names of its fields."""
     return {name: value for name, value in vars(part).items() if isinstance(value, np.ndarray)}
+
+
+def with_arrays(part: Part, found: Mapping[str, npt.NDArray[Any]]) -> Part:
+    """Return the part with other arrays in the place of those of these names."""
+    any_part: Any = part
+    changed: Part = replace(any_part, **found)
+    return changed
