@@ -189,7 +189,7 @@ class TorchModel(Model):
 
     def compact(self) -> TorchModel:
         """Return a model of its own without the neurons that do nothing; its outputs are the same to rounding."""
-        return TorchModel(compact(self.layers()))
+        return TorchModel(compact(self.parts()))
 
     @property
     def features(self) -> int:
