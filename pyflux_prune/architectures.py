@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -50,8 +51,8 @@ def lenet5(
 
     Convolutions of 6 and of 16 filters of 5×5, each followed by pooling over 2×2, then dense layers of 120 and 84
     units. Pooling takes the maximum, every filter of the second convolution sees all of the first, and the outputs
-    are linear; in the original pooling is a trained mean. Images below 32×32, the size in the paper, are padded by 2
-    on each side. Weights are Glorot-uniform, biases 0.
+    are linear; in the original, pooling is a trained mean. Images below 32×32, the size in the paper, are padded by
+    2 on each side. Weights are Glorot-uniform, biases 0.
 
     Args:
         input_shape: (channels, height, width) of a sample; at least 12×12.
@@ -94,8 +95,8 @@ def vgg(
     """Return a network like VGG (Simonyan & Zisserman 2015, arXiv:1409.1556), as small as ``channels`` says.
 
     Convolutions of 3×3, padded so that images keep their size, and dense layers at the end. With ``batch_norm``,
-    each convolution is followed by batch normalisation, and has no bias, which that would take away again. Weights are
-    Glorot-uniform, biases 0.
+    each convolution is followed by batch normalisation, and has no bias, which that would take away again. Weights
+    are Glorot-uniform, biases 0.
 
     Args:
         channels: the number of filters of each convolution, and "M" for pooling: the maximum over 2×2.
@@ -152,7 +153,7 @@ class _New:
     def dense(self, widths: Sequence[int]) -> list[Part]:
         """Return the dense layers between these widths; the last has no activation."""
         parts: list[Part] = []
-        for place, (n_in, n_out) in enumerate(zip(widths, widths[1:], strict=False), start=2):
+        for place, (n_in, n_out) in enumerate(itertools.pairwise(widths), start=2):
             weight, mask, bias = self._arrays(n_out, n_in)
             parts.append(Layer("", weight, mask, bias, "identity" if place == len(widths) else self.activation))
         return parts

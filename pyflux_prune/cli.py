@@ -271,8 +271,8 @@ def crosscheck(
     from dataclasses import asdict
 
     from . import datasets
-    from .crosscheck import crosscheck as check
     from .architectures import mlp
+    from .crosscheck import crosscheck as check
 
     dataset = datasets.load(data)
     if rounds is None and schedule != "oneshot":

@@ -278,10 +278,10 @@ def torch_masks(layers: Sequence[Layer], sparsity: Sparsity, structure: Structur
     """Return the masks that PyTorch's own magnitude pruning gives these layers at ``sparsity``."""
     import torch.nn.utils.prune
 
-    from .engines.torch import linears, mask_weight, sequential
+    from .engines.torch import mask_weight, prunable_modules, sequential
 
     prune: Any = torch.nn.utils.prune
-    modules: list[Any] = list(linears(sequential(layers)))
+    modules: list[Any] = list(prunable_modules(sequential(layers)))
     for module, layer in zip(modules, layers, strict=True):
         mask_weight(module, layer.mask)
     groups = [modules] if isinstance(structure, Global) else [[m] for m in modules]

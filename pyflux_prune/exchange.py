@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from .engines.parts import ACTIVATIONS, Bool, Float, Layer, layer_names
-from .engines.torch import ACTIVATION_MODULES, linears, mask_weight, sequential
+from .engines.torch import ACTIVATION_MODULES, mask_weight, prunable_modules, sequential
 from .errors import InvalidInput
 from .files import StrPath, atomic_write, naming, read_bytes, to_path
 
@@ -86,9 +86,9 @@ def module_from_layers(layers: Sequence[Layer]) -> nn.Sequential:
     A layer without a pruned weight has a plain ``weight``; another has ``weight_orig`` and ``weight_mask``.
     """
     module = sequential(layers)
-    for layer, linear in zip(layers, linears(module), strict=True):
+    for layer, part in zip(layers, prunable_modules(module), strict=True):
         if not layer.mask.all():
-            mask_weight(linear, layer.mask)
+            mask_weight(part, layer.mask)
     return module
 
 

@@ -13,8 +13,8 @@ is
 Batch normalisation ``1`` is ``1.weight``, ``1.bias``, ``1.running_mean``, ``1.running_var``: float32 (channels,).
 
 The metadata are ``format``, ``version``, ``storage`` ("dense" or "sparse"), ``architecture`` and whatever the
-writer adds. The architecture is a JSON list, first layer first. In version 1, of networks of dense layers only, its
-entries are ``{"name", "in", "out", "bias", "activation"}``. In version 2, of all others, each also has a ``"type"``:
+writer adds. The architecture is a JSON list, first layer first. In version 1, of networks of dense layers only,
+its entries are ``{"name", "in", "out", "bias", "activation"}``. In version 2, of all others, each has a ``"type"``:
 
 - ``"input"``, only as the first: ``"shape"``, [channels, height, width];
 - ``"dense"``: as in version 1;

@@ -35,8 +35,8 @@ class Network:
     """A network whose weights carry masks: in Julia, a Flux ``Chain`` of ``PrunableDense`` and ``PrunableConv``.
 
     Made by ``mlp``, ``lenet5``, ``vgg``, ``Network.load`` and ``from_torch``. Calling it with ``x``, (samples,
-    features) or, for a network of convolutions, also (samples, channels, height, width), gives the outputs, (samples,
-    outputs) float32, before any softmax.
+    features) or, if it takes images, (samples, channels, height, width), gives the outputs, (samples, outputs)
+    float32, before any softmax.
     """
 
     def __init__(self, model: Model) -> None:
@@ -57,8 +57,8 @@ class Network:
     def layers(self) -> list[Layer]:
         """The prunable layers; their weight, mask and bias are NumPy views of the engine's memory.
 
-        A weight is (out, in), that of a convolution (out, in, height, width). Writing to a weight changes the network. A value written where the mask is False never counts, and is
-        set back to 0.
+        A weight is (out, in), that of a convolution (out, in, height, width). Writing to a weight changes the
+        network. A value written where the mask is False never counts, and is set back to 0.
         """
         return self.model.layers()
 
@@ -129,8 +129,8 @@ class Network:
     def compact(self) -> Network:
         """Return a smaller network with the same outputs to rounding: without the neurons that do nothing.
 
-        A neuron, or filter, without incoming or without outgoing weights goes; what it adds, if it is constant, goes into the
-        next biases. Takes fewer bytes and FLOPs than this network, which is left as it is.
+        A neuron, or filter, without incoming or without outgoing weights goes; what it adds, if it is constant, goes
+        into the next biases. Takes fewer bytes and FLOPs than this network, which is left as it is.
         """
         return Network(self.model.compact())
 
@@ -274,8 +274,9 @@ def from_torch(
 
     Args:
         module: ``Linear``, ``Conv2d``, ``BatchNorm1d`` and ``BatchNorm2d``, each with or without ReLU, Tanh or
-            Sigmoid after it, ``MaxPool2d``, ``AvgPool2d``, ``AdaptiveAvgPool2d``, ``Flatten`` and ``Identity``, plain
-            or pruned with ``torch.nn.utils.prune``; or, of ``Linear`` layers only, a state dict of such a module.
+            Sigmoid after it, ``MaxPool2d``, ``AvgPool2d``, ``AdaptiveAvgPool2d``, ``Flatten`` and ``Identity``,
+            plain or pruned with ``torch.nn.utils.prune``; or, of ``Linear`` layers only, a state dict of such a
+            module.
         input_shape: (channels, height, width) of a sample, for a module that takes images.
         activation: for a state dict, which does not say: that of the hidden layers.
         engine: "auto", "julia" or "torch".

@@ -79,8 +79,8 @@ class Model(ABC):
     def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
         """Return the saliency of each layer's weights, in their shape, or of its neurons, (out,).
 
-        Neurons of a convolution are its filters. Criteria that need data are given some. Raises InvalidInput where they will not do: a batch without some
-        class, a singular Hessian, a network that is too large.
+        Neurons of a convolution are its filters. Criteria that need data are given some. Raises InvalidInput where
+        they will not do: a batch without some class, a singular Hessian, a network that is too large.
         """
 
     def prune(
