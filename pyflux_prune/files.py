@@ -14,15 +14,15 @@ Batch normalisation ``1`` is ``1.weight``, ``1.bias``, ``1.running_mean``, ``1.r
 
 The metadata are ``format``, ``version``, ``storage`` ("dense" or "sparse"), ``architecture`` and whatever the
 writer adds. The architecture is a JSON list, first layer first. In version 1, of networks of dense layers only,
-its entries are ``{"name", "in", "out", "bias", "activation"}``. In version 2, of all others, each has a ``"type"``:
+its entries are ``{"name", "in", "out", "bias", "activation"}``. In version 2, of all others, each says its type:
 
-- ``"input"``, only as the first: ``"shape"``, [channels, height, width];
-- ``"dense"``: as in version 1;
-- ``"conv"``: the same, and ``"kernel"``, ``"stride"``, ``"padding"`` and ``"dilation"``, each [height, width];
-- ``"batchnorm"``: ``"name"``, ``"channels"``, ``"activation"``, ``"epsilon"``, ``"momentum"``;
-- ``"pool"``: ``"name"``, ``"kind"`` ("max" or "mean"), and as [height, width] ``"size"``, ``"stride"``,
+- ``"type": "input"``, only as the first: ``"shape"``, [channels, height, width];
+- ``"type": "dense"``: as in version 1;
+- ``"type": "conv"``: the same, and as [height, width] ``"kernel"``, ``"stride"``, ``"padding"``, ``"dilation"``;
+- ``"type": "batchnorm"``: ``"name"``, ``"channels"``, ``"activation"``, ``"epsilon"``, ``"momentum"``;
+- ``"type": "pool"``: ``"name"``, ``"kind"`` ("max" or "mean"), and as [height, width] ``"size"``, ``"stride"``,
   ``"padding"``;
-- ``"flatten"``: ``"name"``.
+- ``"type": "flatten"``: ``"name"``.
 """
 
 from __future__ import annotations
@@ -458,8 +458,8 @@ def _check_entry(entry: object, typed: bool) -> None:
     if not isinstance(kind, str) or kind not in _ENTRIES:
         raise InvalidInput(f"the type of a layer must be one of {', '.join(_ENTRIES)}, not {reprlib.repr(kind)}")
     fields = {name: _FIELDS[name] for name in _ENTRIES[kind]}
-    kinds = ({"type": str} if typed else {}) | {name: field.kind for name, field in fields.items()}
-    if not isinstance(entry, dict) or {name: type(value) for name, value in entry.items()} != kinds:
+    kinds = {name: field.kind for name, field in fields.items()}
+    if not isinstance(entry, dict) or {name: type(entry[name]) for name in entry if name != "type"} != kinds:
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
         raise InvalidInput(f"a layer of the architecture must have {wanted}, not {reprlib.repr(entry)}")
     for name, field in fields.items():

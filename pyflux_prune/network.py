@@ -129,8 +129,8 @@ class Network:
     def compact(self) -> Network:
         """Return a smaller network with the same outputs to rounding: without the neurons that do nothing.
 
-        A neuron, or filter, without incoming or without outgoing weights goes; what it adds, if it is constant, goes
-        into the next biases. Takes fewer bytes and FLOPs than this network, which is left as it is.
+        A neuron, or filter, without incoming or without outgoing weights goes; what it adds, if it is constant,
+        goes into the next biases. Takes fewer bytes and FLOPs than this network, which is left as it is.
         """
         return Network(self.model.compact())
 

@@ -16,10 +16,10 @@ from pyflux_prune.engines.parts import ACTIVATIONS, Float, Layer
 from pyflux_prune.engines.torch import TorchEngine
 from pyflux_prune.errors import InvalidInput
 from pyflux_prune.exchange import (
-    layers_from_module,
     layers_from_state_dict,
-    module_from_layers,
-    state_dict_from_layers,
+    module_from_parts,
+    parts_from_module,
+    state_dict_from_parts,
 )
 
 
@@ -80,7 +80,7 @@ def test_a_plain_module_computes_the_same_as_its_layers(
     module_type: type[nn.Module], name: str, bias: bool
 ) -> None:
     module, x = make_module(module_type, bias), make_input()
-    layers = layers_from_module(module)
+    layers = parts_from_module(module)
     assert [layer.activation for layer in layers] == [name, name, "identity"]
     assert [layer.name for layer in layers] == (["0", "1", "2"] if name == "identity" else ["0", "2", "4"])
     assert all(layer.mask.all() and layer.mask.dtype == bool for layer in layers)
@@ -91,7 +91,7 @@ def test_a_plain_module_computes_the_same_as_its_layers(
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_plain_module_comes_back_the_same(bias: bool) -> None:
     module, x = make_module(bias=bias), make_input()
-    back = module_from_layers(layers_from_module(module))
+    back = module_from_parts(parts_from_module(module))
     assert str(back) == str(module)
     assert_same_state(back.state_dict(), module.state_dict())
     np.testing.assert_array_equal(outputs_of(back, x), outputs_of(module, x))
@@ -99,7 +99,7 @@ def test_a_plain_module_comes_back_the_same(bias: bool) -> None:
 
 def test_a_pruned_module_gives_weight_times_mask_and_the_mask() -> None:
     module, x = make_pruned_module(), make_input()
-    layers = layers_from_module(module)
+    layers = parts_from_module(module)
     for layer, i in zip(layers, (0, 2, 4), strict=True):
         np.testing.assert_array_equal(layer.weight, torch.as_tensor(module[i].weight).detach())
     assert [int((~layer.mask).sum()) for layer in layers] == [27, 0, 5]
@@ -108,7 +108,7 @@ def test_a_pruned_module_gives_weight_times_mask_and_the_mask() -> None:
 
 def test_a_pruned_module_comes_back_pruned_where_it_was() -> None:
     module, x = make_pruned_module(), make_input()
-    back = module_from_layers(layers_from_module(module))
+    back = module_from_parts(parts_from_module(module))
     assert [prune.is_pruned(back[i]) for i in (0, 2, 4)] == [True, False, True]
     assert back.state_dict().keys() == module.state_dict().keys()
     for i in (0, 4):
@@ -117,20 +117,20 @@ def test_a_pruned_module_comes_back_pruned_where_it_was() -> None:
             back[i].get_parameter("weight_orig"),
             module[i].get_parameter("weight_orig") * module[i].get_buffer("weight_mask"),
         )
-    assert_same_layers(layers_from_module(back), layers_from_module(module))
+    assert_same_layers(parts_from_module(back), parts_from_module(module))
     np.testing.assert_array_equal(outputs_of(back, x), outputs_of(module, x))
 
 
 def test_a_module_that_comes_back_can_be_pruned_further_and_made_permanent_by_torch() -> None:
-    back = module_from_layers(layers_from_module(make_pruned_module()))
+    back = module_from_parts(parts_from_module(make_pruned_module()))
     prune.l1_unstructured(back[0], "weight", 5)  # type: ignore[no-untyped-call]
     prune.remove(back[0], "weight")  # type: ignore[no-untyped-call]
     assert int((back[0].get_parameter("weight") == 0).sum()) == 27 + 5
 
 
 def test_modules_pruned_by_the_reference_engine_can_be_taken_over() -> None:
-    model = TorchEngine().build(layers_from_module(make_pruned_module()))
-    assert_same_layers(layers_from_module(model.module), model.layers())
+    model = TorchEngine().build(parts_from_module(make_pruned_module()))
+    assert_same_layers(parts_from_module(model.module), model.layers())
 
 
 def test_nested_sequentials_shared_activations_and_identities_are_flattened() -> None:
@@ -143,7 +143,7 @@ def test_nested_sequentials_shared_activations_and_identities_are_flattened() ->
     module = nn.Sequential(
         OrderedDict(first=nn.Sequential(nn.Identity(), nn.Linear(7, 4), act), second=nn.Sequential(Head()))
     )
-    layers, x = layers_from_module(module), make_input()
+    layers, x = parts_from_module(module), make_input()
     assert [layer.name for layer in layers] == ["0", "2", "4"]
     assert [layer.activation for layer in layers] == ["relu", "relu", "identity"]
     np.testing.assert_array_equal(outputs(layers, x), outputs_of(module, x))
@@ -152,28 +152,28 @@ def test_nested_sequentials_shared_activations_and_identities_are_flattened() ->
 def test_a_layer_used_twice_becomes_two() -> None:
     linear = nn.Linear(7, 7)
     module, x = nn.Sequential(linear, nn.Tanh(), linear), make_input()
-    first, second = layers_from_module(module)
+    first, second = parts_from_module(module)
     assert not np.shares_memory(first.weight, second.weight)
     np.testing.assert_array_equal(outputs([first, second], x), outputs_of(module, x))
 
 
 def test_a_lone_linear_is_one_layer() -> None:
     linear, x = nn.Linear(7, 2), make_input()
-    np.testing.assert_array_equal(outputs(layers_from_module(linear), x), outputs_of(linear, x))
+    np.testing.assert_array_equal(outputs(parts_from_module(linear), x), outputs_of(linear, x))
 
 
 def test_a_nan_that_is_pruned_is_dropped() -> None:
     module = make_pruned_module()
-    before = layers_from_module(module)
+    before = parts_from_module(module)
     module[0].get_parameter("weight_orig").data[torch.from_numpy(~before[0].mask)] = torch.nan
-    assert_same_layers(layers_from_module(module), before)
+    assert_same_layers(parts_from_module(module), before)
 
 
 @pytest.mark.parametrize("make", [make_module, make_pruned_module])
 def test_nothing_is_shared_with_the_module_taken_over(make: Callable[[], nn.Sequential]) -> None:
     module = make()
-    layers = layers_from_module(module)
-    before = layers_from_module(module_from_layers(layers))
+    layers = parts_from_module(module)
+    before = parts_from_module(module_from_parts(layers))
     for tensor in module.state_dict().values():
         tensor.zero_()
     assert_same_layers(layers, before)
@@ -181,19 +181,19 @@ def test_nothing_is_shared_with_the_module_taken_over(make: Callable[[], nn.Sequ
 
 @pytest.mark.parametrize("make", [make_module, make_pruned_module])
 def test_training_the_module_made_leaves_the_layers_alone(make: Callable[[], nn.Sequential]) -> None:
-    layers = layers_from_module(make())
-    module, before = module_from_layers(layers), layers_from_module(module_from_layers(layers))
+    layers = parts_from_module(make())
+    module, before = module_from_parts(layers), parts_from_module(module_from_parts(layers))
     optimiser = torch.optim.SGD(module.parameters(), 0.1)
     module(make_input()).sum().backward()
     optimiser.step()
     assert_same_layers(layers, before)
-    assert not np.array_equal(layers_from_module(module)[0].weight, before[0].weight)
+    assert not np.array_equal(parts_from_module(module)[0].weight, before[0].weight)
 
 
 def test_making_a_module_leaves_the_random_state_alone() -> None:
-    layers = layers_from_module(make_module())
+    layers = parts_from_module(make_module())
     state = torch.get_rng_state()
-    module_from_layers(layers)
+    module_from_parts(layers)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -203,14 +203,14 @@ def test_making_a_module_leaves_the_random_state_alone() -> None:
 @pytest.mark.parametrize("make", [make_module, make_pruned_module])
 def test_a_state_dict_gives_the_layers_of_its_module(make: Callable[[], nn.Sequential]) -> None:
     module = make()
-    assert_same_layers(layers_from_state_dict(module.state_dict(), activation="tanh"), layers_from_module(module))
+    assert_same_layers(layers_from_state_dict(module.state_dict(), activation="tanh"), parts_from_module(module))
 
 
 @pytest.mark.parametrize("make", [make_module, make_pruned_module])
 def test_a_state_dict_made_loads_into_a_module_of_the_same_kind(make: Callable[[], nn.Sequential]) -> None:
     module, x = make(), make_input()
     expected = outputs_of(module, x)
-    state = state_dict_from_layers(layers_from_module(module))
+    state = state_dict_from_parts(parts_from_module(module))
     assert state.keys() == module.state_dict().keys()
     for parameter in module.parameters():
         parameter.data.zero_()
@@ -235,7 +235,7 @@ def test_a_state_dict_is_read_in_the_order_of_its_numbers() -> None:
 
 def test_the_state_dict_of_nested_sequentials_is_read() -> None:
     module = nn.Sequential(nn.Sequential(nn.Linear(7, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 2)))
-    assert_same_layers(layers_from_state_dict(module.state_dict(), activation="relu"), layers_from_module(module))
+    assert_same_layers(layers_from_state_dict(module.state_dict(), activation="relu"), parts_from_module(module))
 
 
 # --- what is refused -------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ REFUSED_MODULES: dict[str, tuple[Any, str]] = {
 def test_a_module_that_cannot_be_taken_over_is_refused_by_place_and_kind(case: str) -> None:
     module, message = REFUSED_MODULES[case]
     with pytest.raises(InvalidInput, match=message):
-        layers_from_module(module)
+        parts_from_module(module)
 
 
 REFUSED_STATES: dict[str, tuple[dict[Any, Any], str]] = {

@@ -153,7 +153,8 @@ def numbered(parts: Iterable[Part]) -> list[Part]:
 
     An activation takes the number after its part's; ``Input`` has no place there.
     """
-    place, named = 0, []
+    named: list[Part] = []
+    place = 0
     for part in parts:
         if isinstance(part, Input):
             named.append(part)
@@ -264,6 +265,19 @@ def _slide(
         raise InvalidInput(f"layer {name} has windows of {tuple(window)}, which do not fit into {shape}")
     height, width = (r // s + 1 for r, s in zip(room, stride, strict=True))
     return height, width
+
+
+def check_batches(parts: Sequence[Part], samples: int, batchsize: int) -> None:
+    """Raise InvalidInput where batch normalisation would meet a batch of a single value per channel."""
+    last = samples % batchsize or batchsize
+    if 1 not in (last, batchsize) or not any(isinstance(part, BatchNorm) for part in parts):
+        return
+    for part, shape in zip(parts, shapes(parts), strict=True):
+        if isinstance(part, BatchNorm) and math.prod(shape[1:]) == 1:
+            raise InvalidInput(
+                f"batchsize {batchsize} makes a batch of one of {samples} samples, but layer {part.name}, which "
+                "normalises batches, needs two or more to train on"
+            )
 
 
 def copies(parts: Sequence[Part]) -> list[Part]:
