@@ -51,8 +51,8 @@ def lenet5(
 
     Convolutions of 6 and of 16 filters of 5×5, each followed by pooling over 2×2, then dense layers of 120 and 84
     units. Pooling takes the maximum, every filter of the second convolution sees all of the first, and the outputs
-    are linear; in the original, pooling is a trained mean. Images below 32×32, the size in the paper, are padded by
-    2 on each side. Weights are Glorot-uniform, biases 0.
+    are linear; in the original, pooling is a trained mean. Images below 32×32, the size in the paper, are padded
+    by 2 on each side. Weights are Glorot-uniform, biases 0.
 
     Args:
         input_shape: (channels, height, width) of a sample; at least 12×12.

@@ -54,16 +54,15 @@ def check_inputs(x: object, features: int | None = None, shape: tuple[int, ...] 
         raise InvalidInput(f"{name} must have the shape (samples, {features or 'features'}){other}, not {x.shape}")
     if x.size == 0:
         raise InvalidInput(f"{name} must not be empty, but has the shape {x.shape}")
-    if images:
-        x = _flat(x)
+    columns: npt.NDArray[Any] = _flat(x) if images else x
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(x, dtype=np.float32)
+        array = np.ascontiguousarray(columns, dtype=np.float32)
     finite = np.isfinite(array)
     if not finite.all():
         first = tuple(map(int, np.unravel_index(finite.argmin(), finite.shape)))
         raise InvalidInput(
-            f"{name} must be finite, but {np.count_nonzero(~finite)} of its {x.size} values are NaN or Inf "
-            f"as float32, the first at {first}: {x[first]}"
+            f"{name} must be finite, but {np.count_nonzero(~finite)} of its {columns.size} values are NaN or Inf "
+            f"as float32, the first at {first}: {columns[first]}"
         )
     return array
 
@@ -129,7 +128,7 @@ class Dataset:
     x_test: Float = field(repr=False)
     y_test: Int = field(repr=False)
     classes: int
-    shape: tuple[int, int, int] | None = None
+    shape: tuple[int, int, int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check the fields, and convert the arrays."""
