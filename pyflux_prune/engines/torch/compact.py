@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
@@ -48,7 +50,7 @@ class _Rest:
         if not stay.any():
             stay[here.nonzero()[0]] = True
         constant = here & ~stay & ~fed
-        outgoing = by_source(tensor(following.weight * following.mask).double(), len(here))[:, constant]
+        outgoing = by_source(tensor(following.weight).double(), len(here))[:, constant]
         self.shifts[place + 1].add_((outgoing * values[constant]).sum((1, 2)))
         self.left[place] = stay
         return not torch.equal(stay, here)
@@ -93,12 +95,12 @@ def compact(parts: Sequence[Part]) -> list[Part]:
     )
     while any(rest.shrink(place) for place in range(len(layers) - 1)):
         pass
-    found, below, places = [], torch.ones(1, dtype=torch.bool), iter(range(len(layers)))
+    found, below, ours = [], torch.ones(1, dtype=torch.bool), zip(rest.left, rest.shifts, strict=True)
     for part in parts:
         if isinstance(part, Layer):
-            place = next(places)
-            found.append(_fewer(part, rest.left[place], below, rest.shifts[place]))
-            below = rest.left[place]
+            left, shift = next(ours)
+            found.append(_fewer(part, left, below, shift))
+            below = left
         else:
             found.append(_narrower(part, below) if isinstance(part, BatchNorm) else part)
     return found
@@ -107,11 +109,11 @@ def compact(parts: Sequence[Part]) -> list[Part]:
 def _fewer(layer: Layer, rows: Tensor, below: Tensor, shift: Tensor) -> Part:
     """Return some neurons of a layer, its bias shifted; it gets one if that changes anything."""
     out, into = rows.numpy(), _spread(below, layer.weight.shape[1]).numpy()
-    bias = None if layer.bias is None and not shift[rows].any() else shift[rows]
-    if layer.bias is not None:
-        bias = shift[rows] + tensor(layer.bias).double()[rows]
-    changed = {"weight": layer.weight[out][:, into], "mask": layer.mask[out][:, into]}
-    return with_arrays(layer, changed if bias is None else {**changed, "bias": bias.float().numpy()})
+    found: dict[str, npt.NDArray[Any]] = {name: getattr(layer, name)[out][:, into] for name in ("weight", "mask")}
+    if layer.bias is not None or shift[rows].any():
+        bias = 0.0 if layer.bias is None else tensor(layer.bias).double()
+        found["bias"] = (bias + shift)[rows].float().numpy()
+    return with_arrays(layer, found)
 
 
 def _narrower(norm: BatchNorm, below: Tensor) -> Part:
@@ -126,9 +128,7 @@ def _spread(left: Tensor, size: int) -> Tensor:
 
 
 def _normalised(norm: BatchNorm, values: Tensor) -> Tensor:
-    weight, bias, mean, variance = (
-        tensor(array).double() for array in (norm.weight, norm.bias, norm.mean, norm.variance)
-    )
+    mean, variance, weight, bias = (tensor(a).double() for a in (norm.mean, norm.variance, norm.weight, norm.bias))
     return _activated(norm, batch_norm(values[None], mean, variance, weight, bias, eps=norm.epsilon)[0])
 
 

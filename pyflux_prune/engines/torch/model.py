@@ -141,7 +141,7 @@ class TorchModel(Model):
         """
         assert self._stepper is not None, "start comes before train"
         check_batches(self._parts, len(order), batchsize)
-        inputs, labels, indices = tensor(x).view(-1, *self._shape), tensor(y), tensor(order)
+        inputs, labels, indices = tensor(x).view(len(x), *self._shape), tensor(y), tensor(order)
         starts = range(0, len(order), batchsize)
         losses, parameters = np.empty(len(starts), np.float32), list(self.module.parameters())
         self._zero_pruned()
@@ -201,7 +201,7 @@ class TorchModel(Model):
         return torch.cat([self.module(batch).flatten(1) for batch in self._batches(x)])
 
     def _batches(self, x: Float) -> Sequence[Tensor]:
-        return self._split(tensor(x).view(-1, *self._shape))
+        return self._split(tensor(x).view(len(x), *self._shape))
 
     def _split(self, values: Tensor) -> Sequence[Tensor]:
         """Return the samples in batches, so that images take little memory."""

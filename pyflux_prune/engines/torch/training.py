@@ -15,8 +15,9 @@ from ..parts import BatchNorm, Part, shapes
 
 def check_batches(parts: Sequence[Part], samples: int, batchsize: int) -> None:
     """Raise InvalidInput where batch normalisation would meet a batch of a single value per channel."""
-    last = samples % batchsize or batchsize
-    if 1 not in (last, batchsize) or not any(isinstance(part, BatchNorm) for part in parts):
+    if (samples % batchsize or min(samples, batchsize)) != 1 or not any(
+        isinstance(part, BatchNorm) for part in parts
+    ):
         return
     for part, shape in zip(parts, shapes(parts), strict=True):
         if isinstance(part, BatchNorm) and math.prod(shape[1:]) == 1:
