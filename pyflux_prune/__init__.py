@@ -4,6 +4,7 @@ Importing this package starts nothing; Julia starts when the first network is ma
 """
 
 from . import datasets
+from .architectures import lenet5, mlp, vgg
 from .choices import (
     ERK,
     OBD,
@@ -49,7 +50,7 @@ from .errors import Diverged, EngineUnavailable, InvalidInput, LayerCollapse, Pr
 from .experiment import Round, Run, iterative_prune, resume
 from .gradual import gradual_prune, sparse_train
 from .lottery import LotteryTicket, lottery_ticket
-from .network import Network, from_torch, mlp, prune, to_torch
+from .network import Network, from_torch, prune, to_torch
 from .sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.1.0"
@@ -108,6 +109,7 @@ __all__ = [
     "from_torch",
     "gradual_prune",
     "iterative_prune",
+    "lenet5",
     "lottery_ticket",
     "mlp",
     "prune",
@@ -115,4 +117,5 @@ __all__ = [
     "sensitivity",
     "sparse_train",
     "to_torch",
+    "vgg",
 ]

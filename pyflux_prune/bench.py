@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from .architectures import mlp
 from .choices import Adam, Global, Magnitude, Sparsity
 from .engines import get_engine
-from .network import mlp
 
 REPEATS = 5
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from . import __version__, choices
 from .engines import ACTIVATIONS, ENGINES
 from .errors import InvalidInput, PruneError
+
+if TYPE_CHECKING:
+    from .datasets import Dataset
+    from .engines import Part
+    from .network import Network
 
 
 class _Group(click.Group):
@@ -65,7 +70,9 @@ def _sparsity(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return choices.check_sparsity(numbers if len(numbers) > 1 else numbers[0], "--sparsity")
 
 
-def _hidden(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+def _hidden(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
     try:
         widths = [int(part) for part in value.split(",")] if value else []
     except ValueError:
@@ -102,12 +109,17 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
             help="What to train and test on.",
         ),
         click.option(
-            "--hidden",
-            default="300,100",
+            "--network",
+            default="mlp",
             show_default=True,
+            type=click.Choice(["mlp", "lenet5", "vgg"]),
+            help="What to prune: a multilayer perceptron, or for images LeNet-5, or a small VGG.",
+        ),
+        click.option(
+            "--hidden",
             callback=_hidden,
             metavar="N,N,…",
-            help="Widths of the hidden layers.",
+            help="Widths of the hidden dense layers.  [default: mlp 300,100; vgg none]",
         ),
         _axis("saliency", "magnitude", choices.SALIENCIES, "How much a weight matters"),
         _axis("structure", "global", choices.STRUCTURES, "What competes with what"),
@@ -190,6 +202,25 @@ def _plan(
     }
 
 
+def _network(name: str, hidden: list[int] | None, data: Dataset, seed: int, engine: str) -> Network:
+    """Return the network that ``--network`` and ``--hidden`` name, for these data."""
+    from .architectures import lenet5, mlp, vgg
+
+    if name == "mlp":
+        widths = [300, 100] if hidden is None else hidden
+        return mlp([data.features, *widths, data.classes], seed=seed, engine=engine)
+    if data.shape is None:
+        raise InvalidInput(
+            f"--network {name} needs images, x of the shape (samples, channels, height, width), but {data.name} "
+            f"has samples of {data.features} features"
+        )
+    if name == "vgg":
+        return vgg(hidden=hidden or (), input_shape=data.shape, classes=data.classes, seed=seed, engine=engine)
+    if hidden is not None:
+        raise InvalidInput("--hidden is for --network mlp and vgg; that of lenet5 is always 120,84")
+    return lenet5(input_shape=data.shape, classes=data.classes, seed=seed, engine=engine)
+
+
 def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     if as_json:
         click.echo(json.dumps(value))
@@ -213,7 +244,8 @@ def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
 @_JSON
 def run(
     data: str,
-    hidden: list[int],
+    network: str,
+    hidden: list[int] | None,
     seed: int,
     engine: str,
     out: Path | None,
@@ -227,7 +259,6 @@ def run(
     weights of the least magnitude and rewind the others to their initial values.
     """
     from . import datasets, experiment, report
-    from .network import mlp
 
     dataset = datasets.load(data)
     if resume_from is not None:
@@ -235,7 +266,7 @@ def run(
         done = experiment.resume(folder, dataset, engine=None if engine == "auto" else engine)
     else:
         folder = _free_directory() if out is None else out
-        net = mlp([dataset.features, *hidden, dataset.classes], seed=seed, engine=engine)
+        net = _network(network, hidden, dataset, seed, engine)
         done = experiment.iterative_prune(net, dataset, seed=seed, out=folder, **_plan(**plan))
     record = done.to_json()
     shown = {k: record[k] for k in ("engine", "data", "seed", "baseline", "rounds")}
@@ -257,7 +288,8 @@ def _free_directory() -> Path:
 @_JSON
 def crosscheck(
     data: str,
-    hidden: list[int],
+    network: str,
+    hidden: list[int] | None,
     schedule: str,
     rounds: int | None,
     seed: int,
@@ -272,12 +304,11 @@ def crosscheck(
 
     from . import datasets
     from .crosscheck import crosscheck as check
-    from .network import mlp
 
     dataset = datasets.load(data)
     if rounds is None and schedule != "oneshot":
         rounds = 3
-    net = mlp([dataset.features, *hidden, dataset.classes], seed=seed, engine="torch")
+    net = _network(network, hidden, dataset, seed, "torch")
     result = check(net, dataset, seed=seed, **_plan(schedule, rounds=rounds, **plan))
     shown = {"ok": result.ok, "differences": [asdict(d) | {"ok": d.ok} for d in result.differences]}
     _print(as_json, shown, result.table)
@@ -292,8 +323,8 @@ def inspect(model: Path, as_json: bool) -> None:
     from .files import read_model
     from .measure import measure, table
 
-    layers, metadata = read_model(model)
-    rows = measure(layers, sparse=metadata["storage"] == "sparse")
+    parts, metadata = read_model(model)
+    rows = measure(parts, sparse=metadata["storage"] == "sparse")
     shown = {"file": str(model), "bytes": model.stat().st_size, "layers": [r.to_json() for r in rows]}
     _print(as_json, shown, lambda: table(rows, model.stat().st_size))
 
@@ -310,7 +341,10 @@ def inspect(model: Path, as_json: bool) -> None:
 @click.option("--compact", is_flag=True, help="Leave out the neurons that do nothing, on the engine.")
 @_ENGINE
 def convert(source: Path, target: Path, sparse: bool, activation: str | None, compact: bool, engine: str) -> None:
-    """Convert a model file: .safetensors, dense or --sparse, or .pt, a PyTorch state dict."""
+    """Convert a model file: .safetensors, dense or --sparse, or .pt, a PyTorch state dict.
+
+    A .pt to read must be of dense layers only: it does not say what else a network consists of.
+    """
     from . import exchange, files
     from .engines import get_engine
 
@@ -320,16 +354,17 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None, co
             raise InvalidInput(f"{name} must end in .safetensors or .pt, not {path.name!r}")
     if sparse and target.suffix != ".safetensors":
         raise InvalidInput(f"--sparse needs an OUT that ends in .safetensors, not {target.name!r}")
+    parts: Sequence[Part]
     if source.suffix == ".pt":
-        layers = exchange.read_state_dict(source, activation=activation)
+        parts = exchange.read_state_dict(source, activation=activation)
     else:
-        layers, _ = files.read_model(source)
+        parts, _ = files.read_model(source)
     if compact:
-        layers = get_engine(engine).build(layers).compact().layers()
+        parts = get_engine(engine).build(parts).compact().parts()
     if target.suffix == ".pt":
-        exchange.write_state_dict(target, layers)
+        exchange.write_state_dict(target, parts)
     else:
-        files.write_model(target, layers, sparse=sparse)
+        files.write_model(target, parts, sparse=sparse)
     click.echo(f"{target}: {target.stat().st_size:,} bytes", err=True)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from .choices import (
 from .datasets import Dataset
 from .engines import Layer, Model, get_engine
 from .engines.base import Scores
-from .engines.parts import Bool, Float, Int, Part, copies
+from .engines.parts import BatchNorm, Bool, Float, Int, Part, arrays, copies, input_shape, prunable
 from .experiment import Plan, batch_order, check_fit, restart, train_round
 from .network import Network
 
@@ -45,10 +45,21 @@ FIRST_STEPS = 100
 STEPS_PER_TURN = 10
 
 KINK = 1e-5
-"""How near to 0 an input of a ReLU, relative to the layer's largest, leaves a sample out of comparing derivatives.
+"""How near to a kink, relative to the layer's largest value, leaves a sample out of comparing derivatives.
 
-There rounding decides which of two slopes an engine takes. One such sample in a hundred steps is enough to let
-weights drift apart by some 1e-3; without them they stay together to some 1e-6.
+ReLU has one at 0, and max pooling where the two largest of a window are equal. There rounding decides which of two
+slopes an engine takes. One such sample in a hundred steps is enough to let weights drift apart by some 1e-3;
+without them they stay together to some 1e-6.
+"""
+
+CHUNK = 256
+"""How many samples are looked at together for kinks."""
+
+TIE = 1e-12
+"""How near, likewise, counts as at the kink itself: values that are equal but for the rounding of float64.
+
+Such are a neuron without weights, and windows that see the same, such as the margin of an image; the slope is the
+same then, whichever an engine takes.
 """
 
 
@@ -116,7 +127,7 @@ def crosscheck(
     In each round: forward pass, loss and gradients on the test set; the weights and losses of the first 100
     training steps; accuracy after training; then, from the weights of the first engine, what ``compact`` makes of
     them, scores, masks, and weights after pruning. Gradients and steps leave out the samples that come within
-    rounding of the kink of a ReLU. The masks of ``Magnitude()`` are also compared with those of
+    rounding of a kink, of ReLU or of max pooling. The masks of ``Magnitude()`` are also compared with those of
     ``torch.nn.utils.prune.l1_unstructured`` and ``global_unstructured``. A saliency that is random is not
     compared: both engines take the masks of the first.
 
@@ -140,7 +151,7 @@ def crosscheck(
     check_choice("net", net, Network)
     plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, seed, pretrain)
     check_fit(net, data, plan)
-    ours, theirs = (get_engine(name).build(net.layers) for name in engines)
+    ours, theirs = (get_engine(name).build(net.parts) for name in engines)
     result = CrossCheck()
     origin: list[Part] = []
     for number in range(len(plan.schedule) + 1):
@@ -193,7 +204,10 @@ def _compare_compact(ours: Model, theirs: Model, data: Dataset, compare: Compare
 
 
 def _compare_steps(ours: Model, theirs: Model, data: Dataset, plan: Plan, number: int, compare: Compare) -> None:
-    """Take the first training steps on both engines, one by one, and go back to where they began."""
+    """Take the first training steps on both engines, one by one, and go back to where they began.
+
+    Batch normalisation takes what is left of a batch without the samples near kinks for the whole batch.
+    """
     began, steps = copies(ours.parts()), islice(_steps(len(data.y_train), plan, number), FIRST_STEPS)
     for model in (ours, theirs):
         model.start(plan.training.optimiser)
@@ -202,12 +216,12 @@ def _compare_steps(ours: Model, theirs: Model, data: Dataset, plan: Plan, number
     while turn := list(islice(steps, STEPS_PER_TURN)):
         taken = []
         for eta, batch in turn:
-            part = batch[off_kinks(ours, data.x_train[batch])]
+            part = batch[_smooth(ours, data.x_train[batch])]
             taken.append((eta, part, *_step(ours, data, eta, part)))
-        for eta, part, loss, arrays in taken:
-            their_loss, their_arrays = _step(theirs, data, eta, part)
+        for eta, part, loss, ours_then in taken:
+            their_loss, theirs_then = _step(theirs, data, eta, part)
             losses = _worst(losses, abs(loss - their_loss) / abs(their_loss))
-            weights = _worst(weights, apart(arrays, their_arrays))
+            weights = _worst(weights, apart(ours_then, theirs_then))
     compare("loss of each step", losses, STEPS)
     compare("weights after each step", weights, WEIGHTS)
     for model in (ours, theirs):
@@ -215,17 +229,62 @@ def _compare_steps(ours: Model, theirs: Model, data: Dataset, plan: Plan, number
 
 
 def off_kinks(model: Model, x: Float) -> Bool:
-    """Return which samples, (samples,), come near the kink of no ReLU, or all of them if each does.
-
-    At 0 itself, as in a neuron without weights, both engines take the same slope.
-    """
-    layers, engine = model.layers(), get_engine(model.engine)
-    away = np.ones(len(x), bool)
-    for k, layer in enumerate(layers):
-        if layer.activation == "relu":
-            inputs = np.abs(engine.build([*layers[:k], replace(layer, activation="identity")]).forward(x))
-            away &= ~((inputs > 0) & (inputs < KINK * inputs.max())).any(1)
+    """Return which samples, (samples,), come near no kink, or all of them if each does."""
+    parts, chunks = model.parts(), range(0, len(x), CHUNK)
+    away = np.concatenate([_away(parts, x[at : at + CHUNK], training=False) for at in chunks])
     return away | ~away.any()
+
+
+def _smooth(model: Model, x: Float) -> Bool:
+    """Return which samples of a training batch come near no kink where only these are trained on.
+
+    Without batch normalisation that is what ``off_kinks`` says. With it, to leave samples out moves the others, so
+    they are looked at again, until all are clear of kinks; if fewer than two were left, it is all of the batch.
+    """
+    parts = model.parts()
+    if not any(isinstance(part, BatchNorm) for part in parts):
+        return off_kinks(model, x)
+    left = np.arange(len(x))
+    while len(left) > 1 and not (away := _away(parts, x[left], training=True)).all():
+        left = left[away]
+    return np.isin(np.arange(len(x)), left) | (len(left) < 2)
+
+
+def _away(parts: Sequence[Part], x: Float, *, training: bool) -> Bool:
+    """Return which samples come near no kink, as torch computes in float64.
+
+    In ``training``, batch normalisation uses the statistics of these samples.
+    """
+    import torch
+    from torch import nn
+
+    from .engines.torch import sequential
+
+    away, smooth = torch.ones(len(x), dtype=torch.bool), torch.ones(len(x), 0)
+    with torch.no_grad():
+        values = torch.tensor(x, dtype=torch.float64).reshape(len(x), *input_shape(parts))
+        for module in sequential(parts).double().train(training):
+            if isinstance(module, nn.ReLU):
+                gaps = values.abs()
+            elif isinstance(module, nn.MaxPool2d) and module.kernel_size != (1, 1):
+                gaps = _gaps(module, values)
+            else:
+                gaps = smooth
+            largest = values.abs().max()
+            away &= ~((gaps > TIE * largest) & (gaps < KINK * largest)).flatten(1).any(1)
+            values = module(values)
+    return away.numpy()
+
+
+def _gaps(pool: Any, values: Any) -> Any:
+    """Return how far the two largest values of each window of a max pooling are apart."""
+    from torch.nn.functional import pad
+
+    (height, width), (down, right), (above, left) = pool.kernel_size, pool.stride, pool.padding
+    padded = pad(values, (left, left, above, above), value=-np.inf)
+    windows = padded.unfold(2, height, down).unfold(3, width, right).flatten(-2)
+    first, second = windows.topk(2).values.unbind(-1)
+    return first - second
 
 
 def _steps(n: int, plan: Plan, number: int) -> Iterator[tuple[float, Int]]:
@@ -238,20 +297,32 @@ def _steps(n: int, plan: Plan, number: int) -> Iterator[tuple[float, Int]]:
 
 
 def _step(model: Model, data: Dataset, eta: float, part: Int) -> tuple[float, list[Array]]:
-    """Take one training step; return the loss before it, and the weights and biases after it."""
+    """Take one training step; return the loss before it, and what it trains after it."""
     model.adjust(eta)
     loss = float(model.train(data.x_train, data.y_train, part, len(part))[0])
-    return loss, _parameters(copies(model.parts()))
+    return loss, _trained(copies(model.parts()))
 
 
-def _parameters(layers: Sequence[Layer]) -> list[Array]:
-    return [array for la in layers for array in (la.weight, la.bias)]
+def _trained(parts: Sequence[Part]) -> list[Array]:
+    """Return what training changes, but for a bias that batch normalisation takes away again, and its mean.
+
+    The gradient of such a bias is 0 but for rounding, which optimisers like Adam make steps of; the stored mean
+    follows it, so that they cancel.
+    """
+    found: list[Array] = []
+    idle = False
+    for part, after in zip_longest(parts, parts[1:]):
+        left_out = {"mask"} | ({"mean"} if idle else set())
+        idle = isinstance(part, Layer) and part.activation == "identity" and isinstance(after, BatchNorm)
+        left_out |= {"bias"} if idle else set()
+        found += [array for name, array in arrays(part).items() if name not in left_out]
+    return found
 
 
 def _compare_pruning(
     ours: Model, theirs: Model, data: Dataset, plan: Plan, sparsity: Sparsity, compare: Compare
 ) -> None:
-    before, samples = copies(ours.parts()), (data.x_train, data.y_train)
+    before, samples = prunable(copies(ours.parts())), (data.x_train, data.y_train)
     models = (ours,) if plan.saliency.random else (ours, theirs)
     scores = [_that_count(m.scores(plan.saliency, samples), before) for m in models]
     for model in models:
@@ -260,13 +331,18 @@ def _compare_pruning(
     if not plan.saliency.random:
         compare("scores", apart(*scores), SCORES)
         compare("masks", _entries_apart(masks, *their_masks), 0)
-        compare("weights after pruning", apart(*(_parameters(m.layers()) for m in models)), PRUNED)
+        compare("weights after pruning", apart(*(_values(m.parts()) for m in models)), PRUNED)
     if plan.saliency == Magnitude() and plan.structure in (Global(), Layerwise()):
         compare(
             "masks of torch.nn.utils.prune",
             _entries_apart(masks, torch_masks(before, sparsity, plan.structure)),
             0,
         )
+
+
+def _values(parts: Sequence[Part]) -> list[Array]:
+    """Return all arrays but masks."""
+    return [array for part in parts for name, array in arrays(part).items() if name != "mask"]
 
 
 def _that_count(scores: Sequence[Scores], layers: Sequence[Layer]) -> list[Scores]:
@@ -278,10 +354,10 @@ def torch_masks(layers: Sequence[Layer], sparsity: Sparsity, structure: Structur
     """Return the masks that PyTorch's own magnitude pruning gives these layers at ``sparsity``."""
     import torch.nn.utils.prune
 
-    from .engines.torch import linears, mask_weight, sequential
+    from .engines.torch import mask_weight, prunable_modules, sequential
 
     prune: Any = torch.nn.utils.prune
-    modules: list[Any] = list(linears(sequential(layers)))
+    modules: list[Any] = list(prunable_modules(sequential(layers)))
     for module, layer in zip(modules, layers, strict=True):
         mask_weight(module, layer.mask)
     groups = [modules] if isinstance(structure, Global) else [[m] for m in modules]

@@ -28,7 +28,7 @@ _Bytes = npt.NDArray[np.uint8]
 # --- checks ----------------------------------------------------------------------------------------------
 
 
-def check_inputs(x: object, features: int | None = None, name: str = "x") -> Float:
+def check_inputs(x: object, features: int | None = None, shape: tuple[int, ...] = (), name: str = "x") -> Float:
     """Return ``x`` as (samples, features) float32, C-contiguous.
 
     An array that is so already comes back as it is, without a copy. Other memory orders and other float,
@@ -37,6 +37,7 @@ def check_inputs(x: object, features: int | None = None, name: str = "x") -> Flo
     Args:
         x: a NumPy array of finite real numbers, at least one sample.
         features: how many columns it must have; None for any number.
+        shape: of the samples that may be given instead of columns, (channels, height, width); they are flattened.
         name: what messages call it.
 
     Raises:
@@ -47,18 +48,21 @@ def check_inputs(x: object, features: int | None = None, name: str = "x") -> Flo
         raise InvalidInput(f"{name} must be a NumPy array, not {type(x).__name__}")
     if x.dtype.kind not in "fiub":
         raise InvalidInput(f"{name} must hold real numbers, not {x.dtype}")
-    if x.ndim != 2 or (features is not None and x.shape[1] != features):
-        raise InvalidInput(f"{name} must have the shape (samples, {features or 'features'}), not {x.shape}")
+    images = len(shape) == 3 and x.shape[1:] == shape
+    if not images and (x.ndim != 2 or (features is not None and x.shape[1] != features)):
+        other = f" or (samples, {', '.join(map(str, shape))})" if len(shape) == 3 else ""
+        raise InvalidInput(f"{name} must have the shape (samples, {features or 'features'}){other}, not {x.shape}")
     if x.size == 0:
         raise InvalidInput(f"{name} must not be empty, but has the shape {x.shape}")
+    columns: npt.NDArray[Any] = _flat(x) if images else x
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(x, dtype=np.float32)
+        array = np.ascontiguousarray(columns, dtype=np.float32)
     finite = np.isfinite(array)
     if not finite.all():
         first = tuple(map(int, np.unravel_index(finite.argmin(), finite.shape)))
         raise InvalidInput(
-            f"{name} must be finite, but {np.count_nonzero(~finite)} of its {x.size} values are NaN or Inf "
-            f"as float32, the first at {first}: {x[first]}"
+            f"{name} must be finite, but {np.count_nonzero(~finite)} of its {columns.size} values are NaN or Inf "
+            f"as float32, the first at {first}: {columns[first]}"
         )
     return array
 
@@ -90,6 +94,14 @@ def check_labels(y: object, n: int, classes: int | None = None, name: str = "y")
     return np.ascontiguousarray(y, dtype=np.int64)
 
 
+def check_shape(name: str, value: object) -> tuple[int, int, int]:
+    """Return (channels, height, width); InvalidInput unless these are three whole numbers from 1."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3:
+        channels, height, width = (check_count(f"each of {name}", n, 1) for n in value)
+        return channels, height, width
+    raise InvalidInput(f"{name} must be (channels, height, width), not {value!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Training and test samples of a classification problem, checked when it is made.
@@ -101,9 +113,12 @@ class Dataset:
         x_test: (m, features) float32, C-contiguous.
         y_test: (m,) int64.
         classes: the number of classes.
+        shape: of an image before it was flattened, (channels, height, width); None where samples are none, or of
+            unknown shape.
 
     Raises:
-        InvalidInput: what ``check_inputs`` and ``check_labels`` raise, or ``classes`` is below 1.
+        InvalidInput: what ``check_inputs`` and ``check_labels`` raise, ``classes`` is below 1, or samples cannot
+            have the ``shape``.
 
     """
 
@@ -113,18 +128,23 @@ class Dataset:
     x_test: Float = field(repr=False)
     y_test: Int = field(repr=False)
     classes: int
+    shape: tuple[int, int, int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check the fields, and convert the arrays."""
         classes = check_count("classes", self.classes, 1)
         x_train = check_inputs(self.x_train, name="x_train")
         x_test = check_inputs(self.x_test, x_train.shape[1], name="x_test")
+        shape = None if self.shape is None else check_shape("shape", self.shape)
+        if shape is not None and math.prod(shape) != x_train.shape[1]:
+            raise InvalidInput(f"shape must be of samples with {x_train.shape[1]} features, not {shape}")
         checked = {
             "x_train": x_train,
             "y_train": check_labels(self.y_train, len(x_train), classes, name="y_train"),
             "x_test": x_test,
             "y_test": check_labels(self.y_test, len(x_test), classes, name="y_test"),
             "classes": classes,
+            "shape": shape,
         }
         for key, value in checked.items():
             object.__setattr__(self, key, value)
@@ -150,8 +170,9 @@ def arrays(
     """Make a data set of arrays; without a test set, split one off.
 
     Args:
-        x: (n, ...) real numbers; all axes but the first are flattened. Together with a test set, it is copied
-            only where ``check_inputs`` must.
+        x: (n, ...) real numbers; all axes but the first are flattened. Images, (n, channels, height, width) or (n,
+            height, width), give the data set its ``shape``. Together with a test set, it is copied only where
+            ``check_inputs`` must.
         y: (n,) integers, labels from 0; the largest of ``y`` and ``y_test`` tells the number of classes.
         x_test: (m, ...) likewise, or None.
         y_test: (m,) likewise, or None.
@@ -165,17 +186,27 @@ def arrays(
             that leaves no samples on one side.
 
     """
+    shape = _image_shape(x)
     x = check_inputs(_flat(x))
     y = check_labels(y, len(x))
     if x_test is None and y_test is None:
         train, test = _split(y, test_size, seed)
-        return Dataset(name, x[train], y[train], x[test], y[test], classes=int(y.max()) + 1)
+        return Dataset(name, x[train], y[train], x[test], y[test], classes=int(y.max()) + 1, shape=shape)
     if x_test is None or y_test is None:
         missing = "x_test" if x_test is None else "y_test"
         raise InvalidInput(f"x_test and y_test go together, but {missing} is missing")
     x_test = check_inputs(_flat(x_test), x.shape[1], name="x_test")
     y_test = check_labels(y_test, len(x_test), name="y_test")
-    return Dataset(name, x, y, x_test, y_test, classes=int(max(y.max(), y_test.max())) + 1)
+    return Dataset(name, x, y, x_test, y_test, classes=int(max(y.max(), y_test.max())) + 1, shape=shape)
+
+
+def _image_shape(x: Any) -> tuple[int, int, int] | None:
+    match np.shape(x)[1:] if isinstance(x, np.ndarray) else ():
+        case (height, width):
+            return 1, height, width
+        case (channels, height, width):
+            return channels, height, width
+    return None
 
 
 def _flat(x: Any) -> Any:
@@ -236,7 +267,7 @@ def digits(seed: int = 0, test_size: float = 450) -> Dataset:
     from sklearn.datasets import load_digits  # a second to import, which no other data set should cost
 
     images, labels = load_digits(return_X_y=True)
-    return arrays(images / 16, labels, test_size=test_size, seed=seed, name="digits")
+    return arrays(images.reshape(-1, 1, 8, 8) / 16, labels, test_size=test_size, seed=seed, name="digits")
 
 
 # --- files of images -------------------------------------------------------------------------------------
@@ -258,9 +289,9 @@ def mnist(dir: StrPath) -> Dataset:
 
     """
     folder = to_path(dir, "dir")
-    train, test = _mnist_part(folder, "train"), _mnist_part(folder, "t10k")
+    (x_train, y_train, shape), (x_test, y_test, _) = (_mnist_part(folder, part) for part in ("train", "t10k"))
     with naming(folder):
-        return Dataset("mnist", *train, *test, classes=10)
+        return Dataset("mnist", x_train, y_train, x_test, y_test, classes=10, shape=shape)
 
 
 def cifar10(dir: StrPath) -> Dataset:
@@ -285,7 +316,7 @@ def cifar10(dir: StrPath) -> Dataset:
     read = _cifar_records if test.suffix else _cifar_pickle
     images, labels = zip(*map(read, train), strict=True)
     x_train, y_train, (x_test, y_test) = np.concatenate(images), np.concatenate(labels), read(test)
-    return Dataset("cifar10", _pixels(x_train), y_train, _pixels(x_test), y_test, classes=10)
+    return Dataset("cifar10", _pixels(x_train), y_train, _pixels(x_test), y_test, classes=10, shape=(3, 32, 32))
 
 
 def load(spec: str) -> Dataset:
@@ -322,10 +353,11 @@ def _pixels(images: _Bytes) -> Float:
     return np.divide(images.reshape(len(images), -1), 255, dtype=np.float32)
 
 
-def _mnist_part(folder: Path, part: str) -> tuple[Float, Int]:
+def _mnist_part(folder: Path, part: str) -> tuple[Float, Int, tuple[int, int, int]]:
     images, labels = _idx(folder, f"{part}-images", 3), _idx(folder, f"{part}-labels", 1)
     with naming(folder):
-        return _pixels(images), check_labels(labels, len(images), 10, name=f"{part}-labels")
+        checked = check_labels(labels, len(images), 10, name=f"{part}-labels")
+    return _pixels(images), checked, (1, *images.shape[1:])
 
 
 def _idx(folder: Path, stem: str, ndim: int) -> _Bytes:

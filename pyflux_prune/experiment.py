@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import report, rundir
+from .architectures import glorot_uniform
 from .choices import (
     Choice,
     Continue,
@@ -42,10 +43,10 @@ from .choices import (
 )
 from .datasets import Dataset
 from .engines import Layer, Model, get_engine
-from .engines.parts import Int, Part, copies
+from .engines.parts import Int, Part, arrays, check_batches, copies, masked
 from .errors import InvalidInput, LayerCollapse
 from .files import naming, to_path
-from .network import Network, check_dataset, glorot_uniform
+from .network import Network, build, check_dataset
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Run:
         network: the network as it is after the last round.
         data: the name of the data set.
         plan: the choices.
-        parameters: weights and biases of the dense network.
+        parameters: weights and biases of the dense network, those of batch normalisation too.
         versions: of everything the numbers depend on.
         baseline: round 0, the network before the first pruning; None until that is done.
         rounds: the rounds that are done.
@@ -235,7 +236,7 @@ class Run:
 
         """
         folder = rundir.claim(directory)
-        rundir.write(folder, self.to_json(), self.network.layers)
+        rundir.write(folder, self.to_json(), self.network.parts)
         self.plot(folder / rundir.CURVE)
 
 
@@ -300,8 +301,8 @@ def resume(
     """
     folder = to_path(directory, "directory")
     check_choice("data", data, Dataset)
-    record, layers, origin = rundir.read(folder)
-    run = Run.from_json(record, Network(get_engine(engine or record["engine"]).build(layers)))
+    record, parts, origin = rundir.read(folder)
+    run = Run.from_json(record, build(parts, engine or record["engine"]))
     if run.plan.every is not None:
         raise InvalidInput(f"directory must hold a run of iterative_prune; that in {folder} is of gradual_prune")
     if data.name != run.data:
@@ -313,7 +314,8 @@ def resume(
 def begin(net: Network, data: Dataset, plan: Plan) -> Run:
     """Return a run with nothing done yet; InvalidInput unless the plan fits the network and the data."""
     check_fit(net, data, plan)
-    parameters = sum(la.weight.size + (0 if la.bias is None else la.bias.size) for la in net.layers)
+    trained = [arrays(part).get(name) for part in net.parts for name in ("weight", "bias")]
+    parameters = sum(array.size for array in trained if array is not None)
     return Run(net, data.name, plan, parameters, get_engine(net.engine).versions())
 
 
@@ -327,14 +329,17 @@ def check_fit(net: Network, data: Dataset, plan: Plan, done: int = 0) -> None:
     steps = plan.training.epochs * steps_per_epoch(len(data.y_train), plan.training)
     if isinstance(plan.finetune, Rewind) and plan.finetune.to > steps:
         raise InvalidInput(f"finetune must rewind to one of the {steps} training steps, not {plan.finetune.to}")
-    targets, layers, trial = plan.schedule[done:], net.layers, net.copy().model
+    for training in (plan.training, getattr(plan.saliency, "training", None)):
+        if training is not None and training.epochs:
+            check_batches(net.parts, len(data.y_train), training.batchsize)
+    targets, parts, trial = plan.schedule[done:], net.parts, net.copy().model
     with naming("this cannot be pruned as asked"), warnings.catch_warnings():
         warnings.simplefilter("ignore", LayerCollapse)
         for target in targets:
-            trial.load(layers)
+            trial.load(parts)
             trial.prune(Magnitude(), target, plan.structure)
         if targets:
-            trial.load(layers)
+            trial.load(parts)
             trial.scores(_without_training(plan.saliency), samples)
 
 
@@ -351,7 +356,7 @@ def _carry_out(run: Run, data: Dataset, folder: Path | None, origin: Sequence[Pa
         for start in advance(run, data, origin, tick):
             if folder is not None:
                 goes_back = finetune is not None and finetune.goes_back
-                rundir.write(folder, run.to_json(), run.network.layers, start if goes_back else [])
+                rundir.write(folder, run.to_json(), run.network.parts, start if goes_back else [])
     if folder is not None:
         run.plot(folder / rundir.CURVE)
     return run
@@ -360,10 +365,11 @@ def _carry_out(run: Run, data: Dataset, folder: Path | None, origin: Sequence[Pa
 def advance(
     run: Run, data: Dataset, origin: Sequence[Part], tick: report.Tick = report.silent
 ) -> Iterator[list[Part]]:
-    """Do what is left of a run; after each round, yield the layers that survivors go back to.
+    """Do what is left of a run; after each round, yield the parts that survivors go back to.
 
-    ``origin`` holds those layers, once round 0 is done.
+    ``origin`` holds those parts, once round 0 is done.
     """
+    origin = list(origin)
     plan, model = run.plan, run.network.model
     for number in range(0 if run.baseline is None else len(run.rounds) + 1, len(plan.schedule) + 1):
         began = time.perf_counter()
@@ -433,16 +439,16 @@ def batch_order(n: int, seed: int, number: int, epoch: int) -> Int:
 def restart(model: Model, plan: Plan, origin: Sequence[Part], number: int) -> None:
     """Set the survivors of a round to what they restart from; ``origin`` is what ``train_round`` returned."""
     if plan.finetune is not None and plan.finetune.goes_back:
-        masks = iter([layer.mask for layer in model.layers()])
-        rng = np.random.default_rng([plan.seed, number])
-        start: list[Part] = []
-        for part in origin:
-            if isinstance(part, Layer):
-                part = replace(part, mask=next(masks))
-                if isinstance(plan.finetune, Reinitialize):
-                    part = replace(part, weight=glorot_uniform(rng, *part.weight.shape))
-            start.append(part)
+        start = masked(origin, [layer.mask for layer in model.layers()])
+        if isinstance(plan.finetune, Reinitialize):
+            rng = np.random.default_rng([plan.seed, number])
+            start = [_drawn(rng, part) for part in start]
         model.load(start)
+
+
+def _drawn(rng: np.random.Generator, part: Part) -> Part:
+    """Return a layer with new weights; any other part as it is."""
+    return replace(part, weight=glorot_uniform(rng, *part.weight.shape)) if isinstance(part, Layer) else part
 
 
 def evaluate(model: Model, data: Dataset, number: int, began: float) -> Round:

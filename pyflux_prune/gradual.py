@@ -31,6 +31,7 @@ from .choices import (
     sparsities,
 )
 from .datasets import Dataset
+from .engines.parts import check_batches
 from .errors import InvalidInput
 from .experiment import Plan, Round, Run, batch_order, begin, evaluate, steps_per_epoch, train
 from .network import Network, check_dataset
@@ -162,6 +163,8 @@ def _steps(net: Network, data: Dataset, training: Training) -> int:
     """Return how many steps a training takes; InvalidInput unless network, data and training fit each other."""
     check_choice("training", training, Training)
     _, y = check_dataset(net, data)
+    if training.epochs:
+        check_batches(net.parts, len(y), training.batchsize)
     return training.epochs * steps_per_epoch(len(y), training)
 
 

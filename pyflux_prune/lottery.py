@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import report
+from .architectures import mlp
 from .choices import (
     Exponential,
     Layerwise,
@@ -26,11 +27,11 @@ from .choices import (
     sparsities,
 )
 from .datasets import Dataset
-from .engines import Layer, Model
-from .engines.parts import Bool, copies
+from .engines import Model
+from .engines.parts import Bool, copies, masked, prunable
 from .errors import InvalidInput
 from .experiment import Plan, Run, advance, begin, restart, train_round
-from .network import Network, mlp
+from .network import Network
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -154,7 +155,7 @@ def _gap(ticket: Accuracies, control: Accuracies) -> str:
 
 
 def lottery_ticket(
-    net: Network | Sequence[int],
+    net: Network | Sequence[int] | Callable[[int], Network],
     data: Dataset,
     *,
     saliency: Saliency = Magnitude(),
@@ -174,8 +175,9 @@ def lottery_ticket(
     on the weights that the ticket is rewound to. That is three trainings per round and seed.
 
     Args:
-        net: the sizes of a network, made by ``mlp`` with each seed, or a network, which is left as it is: then
-            seeds only differ in the batches and in what the controls draw.
+        net: the sizes of a network, made by ``mlp`` with each seed; a function that makes one of a seed, such as
+            ``lambda seed: lenet5(seed=seed)``; or a network, which is left as it is: then seeds only differ in the
+            batches and in what the controls draw.
         data: what to train on, and to test on.
         saliency: as for ``iterative_prune``.
         structure: as for ``iterative_prune``.
@@ -184,7 +186,7 @@ def lottery_ticket(
         training: how each network is trained.
         seeds: of initial weights, batches and controls; one repetition each.
         tolerance: how far below the dense network, in [0, 1), a ticket may be and win.
-        engine: "auto", "julia" or "torch", for networks that are made here.
+        engine: "auto", "julia" or "torch", for networks that are made of sizes.
         progress: show progress bars on stderr; by default, where that is a terminal.
 
     Raises:
@@ -201,7 +203,9 @@ def lottery_ticket(
     plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, chosen[0])
 
     def network(seed: int) -> Network:
-        return net.copy() if isinstance(net, Network) else mlp(net, seed=seed, engine=engine)
+        if isinstance(net, Network):
+            return net.copy()
+        return net(seed) if callable(net) else mlp(net, seed=seed, engine=engine)
 
     runs, controls = [], []
     for i, seed in enumerate(chosen, start=1):
@@ -233,11 +237,12 @@ def _controls(run: Run, data: Dataset, tick: report.Tick) -> Iterator[tuple[floa
     for origin in advance(run, data, [], _third(tick, 0)):
         if number := len(run.rounds):
             masks = run.network.masks
-            other.load([replace(la, mask=mask) for la, mask in zip(initial, masks, strict=True)])
+            other.load(masked(initial, masks))
             restart(other, plan, initial, number)
             reinitialised = _trained(other, data, plan, number, _third(tick, 1))
             rng = np.random.default_rng([plan.seed, number, 0, 1])
-            other.load([_shuffled(rng, la, mask) for la, mask in zip(origin, masks, strict=True)])
+            drawn = [_shuffled(rng, la.mask, mask) for la, mask in zip(prunable(origin), masks, strict=True)]
+            other.load(masked(origin, drawn))
             yield reinitialised, _trained(other, data, plan, number, _third(tick, 2))
 
 
@@ -246,11 +251,11 @@ def _trained(model: Model, data: Dataset, plan: Plan, number: int, tick: report.
     return model.evaluate(data.x_test, data.y_test)[1]
 
 
-def _shuffled(rng: np.random.Generator, layer: Layer, mask: Bool) -> Layer:
-    """Return the layer with as many weights kept as in ``mask``, anywhere among those that it keeps."""
-    drawn = layer.mask.copy()
-    drawn[layer.mask] = rng.permutation(mask[layer.mask])
-    return replace(layer, mask=drawn)
+def _shuffled(rng: np.random.Generator, among: Bool, mask: Bool) -> Bool:
+    """Return a mask that keeps as many weights as ``mask``, anywhere among those that the first keeps."""
+    drawn = among.copy()
+    drawn[among] = rng.permutation(mask[among])
+    return drawn
 
 
 def _third(tick: report.Tick, part: int) -> report.Tick:

@@ -1,4 +1,4 @@
-"""Networks of prunable dense layers, whichever engine holds them."""
+"""Networks of prunable layers, whichever engine holds them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from .choices import (
     Saliency,
     Structure,
     check_choice,
-    check_count,
     check_match,
     check_sparsity,
 )
 from .datasets import Dataset, check_inputs, check_labels
-from .engines import ACTIVATIONS, Layer, Model, get_engine
+from .engines import ConvLayer, Layer, Model, Part, Pool, get_engine
 from .engines.base import Samples
-from .engines.parts import Bool, Float, Int, layer_names
+from .engines.parts import Bool, Float, Int, input_shape
 from .errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -33,10 +32,11 @@ if TYPE_CHECKING:
 
 
 class Network:
-    """A multilayer perceptron whose weights carry masks: in Julia, a Flux ``Chain`` of ``PrunableDense``.
+    """A network whose weights carry masks: in Julia, a Flux ``Chain`` of ``PrunableDense`` and ``PrunableConv``.
 
-    Made by ``mlp``, ``Network.load`` and ``from_torch``. Calling it with ``x``, (samples, features), gives the
-    outputs, (samples, outputs) float32, before any softmax.
+    Made by ``mlp``, ``lenet5``, ``vgg``, ``Network.load`` and ``from_torch``. Calling it with ``x``, (samples,
+    features) or, if it takes images, (samples, channels, height, width), gives the outputs, (samples, outputs)
+    float32, before any softmax.
     """
 
     def __init__(self, model: Model) -> None:
@@ -49,22 +49,27 @@ class Network:
         return self.model.engine
 
     @property
-    def layers(self) -> list[Layer]:
-        """The layers; their weight (out, in), mask and bias are NumPy views of the engine's memory.
+    def parts(self) -> list[Part]:
+        """All parts, the prunable layers among them; their arrays are NumPy views of the engine's memory."""
+        return self.model.parts()
 
-        Writing to a weight changes the network. A value written where the mask is False never counts, and is
-        set back to 0.
+    @property
+    def layers(self) -> list[Layer]:
+        """The prunable layers; their weight, mask and bias are NumPy views of the engine's memory.
+
+        A weight is (out, in), that of a convolution (out, in, height, width). Writing to a weight changes the
+        network. A value written where the mask is False never counts, and is set back to 0.
         """
         return self.model.layers()
 
     @property
     def weights(self) -> list[Float]:
-        """Each layer's weight, (out, in) float32, a view."""
+        """Each prunable layer's weight, float32, a view."""
         return [layer.weight for layer in self.layers]
 
     @property
     def masks(self) -> list[Bool]:
-        """Each layer's mask, (out, in) bool, True keeps; a view."""
+        """Each prunable layer's mask, bool, True keeps; a view."""
         return [layer.mask for layer in self.layers]
 
     @property
@@ -79,9 +84,14 @@ class Network:
         return 1.0 - self.density
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one sample, (features,) or (channels, height, width)."""
+        return input_shape(self.parts)
+
+    @property
     def features(self) -> int:
         """The number of inputs."""
-        return int(self.layers[0].weight.shape[1])
+        return math.prod(self.input_shape)
 
     @property
     def outputs(self) -> int:
@@ -89,17 +99,19 @@ class Network:
         return int(self.layers[-1].weight.shape[0])
 
     def __call__(self, x: object) -> Float:
-        """Return the outputs (samples, outputs) for ``x`` (samples, features), or (outputs,) for one sample.
+        """Return the outputs (samples, outputs) for ``x``, or (outputs,) for one sample.
+
+        Samples are (features,) or of ``input_shape``; engines take them flattened, which needs no copy.
 
         Raises:
             InvalidInput: ``x`` has the wrong shape, is not numeric, or holds NaN or infinity.
 
         """
-        array = np.asarray(x)
-        if array.ndim == 1:
-            one: Float = self.model.forward(check_inputs(array[None], self.features))[0]
+        array, shape = np.asarray(x), self.input_shape
+        if array.ndim == 1 or array.shape == shape:
+            one: Float = self.model.forward(check_inputs(array[None], math.prod(shape), shape))[0]
             return one
-        return self.model.forward(check_inputs(array, self.features))
+        return self.model.forward(check_inputs(array, math.prod(shape), shape))
 
     def predict(self, x: object) -> Int:
         """Return the class of each sample, (samples,) int64: the index of its largest output."""
@@ -108,17 +120,17 @@ class Network:
 
     def copy(self, engine: str | None = None) -> Network:
         """Return a network of its own with the same weights and masks, on this or another engine."""
-        return _build(self.layers, engine or self.engine)
+        return build(self.parts, engine or self.engine)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let ``copy.deepcopy`` and ``pickle`` (between processes) make networks of their own."""
-        return _build, (self.layers, self.engine)
+        return build, (self.parts, self.engine)
 
     def compact(self) -> Network:
         """Return a smaller network with the same outputs to rounding: without the neurons that do nothing.
 
-        A neuron without incoming or without outgoing weights goes; what it adds, if it is constant, goes into the
-        next biases. Takes fewer bytes and FLOPs than this network, which is left as it is.
+        A neuron, or filter, without incoming or without outgoing weights goes; what it adds, if it is constant,
+        goes into the next biases. Takes fewer bytes and FLOPs than this network, which is left as it is.
         """
         return Network(self.model.compact())
 
@@ -129,7 +141,7 @@ class Network:
             InvalidInput: the file cannot be written; one that was there is as it was.
 
         """
-        files.write_model(path, self.layers, sparse=sparse)
+        files.write_model(path, self.parts, sparse=sparse)
 
     @staticmethod
     def load(path: str | PathLike[str], engine: str = "auto") -> Network:
@@ -139,53 +151,32 @@ class Network:
             InvalidInput: the file is missing, damaged, or not a model.
 
         """
-        layers, _ = files.read_model(path)
-        return _build(layers, engine)
+        parts, _ = files.read_model(path)
+        return build(parts, engine)
 
     def __repr__(self) -> str:
-        """Return widths, density and engine."""
-        widths = "–".join(str(n) for n in (self.features, *(la.weight.shape[0] for la in self.layers)))
-        return f"Network({widths}, density={self.density:.3g}, engine={self.engine!r})"
+        """Return the shape of the inputs, what the layers make of them, density and engine."""
+        layers = "–".join(filter(None, map(_sketch, self.parts)))
+        inputs = "×".join(map(str, self.input_shape))
+        return f"Network({inputs}–{layers}, density={self.density:.3g}, engine={self.engine!r})"
 
 
-def _build(layers: Sequence[Layer], engine: str) -> Network:
-    return Network(get_engine(engine).build(layers))
+def _sketch(part: Part) -> str:
+    """Return a layer or pooling in a word: 10 units, 6@5×5 filters of a kernel, max2×2."""
+    match part:
+        case ConvLayer():
+            out, _, height, width = part.weight.shape
+            return f"{out}@{height}×{width}"
+        case Layer():
+            return str(len(part.weight))
+        case Pool():
+            return f"{part.kind}{part.size[0]}×{part.size[1]}"
+    return ""
 
 
-def mlp(sizes: Sequence[int], *, activation: str = "relu", seed: int = 0, engine: str = "auto") -> Network:
-    """Return a multilayer perceptron with Glorot-uniform weights and zero biases.
-
-    Args:
-        sizes: the number of inputs, of units in each hidden layer, and of outputs.
-        activation: of the hidden layers: identity, relu, tanh or sigmoid.
-        seed: the same seed gives the same weights on both engines.
-        engine: "auto", "julia" or "torch".
-
-    Raises:
-        InvalidInput: fewer than two sizes, a size below 1, or an unknown activation or engine.
-        EngineUnavailable: the engine cannot be had here.
-
-    """
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) < 2:
-        raise InvalidInput(f"sizes must hold at least the numbers of inputs and outputs, not {sizes!r}")
-    widths = [check_count("each of sizes", n, 1) for n in sizes]
-    if activation not in ACTIVATIONS:
-        raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    rng = np.random.default_rng(check_count("seed", seed, 0))
-    activations = [activation] * (len(widths) - 2) + ["identity"]
-    layers = [
-        Layer(
-            name, glorot_uniform(rng, n_out, n_in), np.ones((n_out, n_in), bool), np.zeros(n_out, np.float32), act
-        )
-        for name, act, n_in, n_out in zip(layer_names(activations), activations, widths, widths[1:], strict=False)
-    ]
-    return _build(layers, engine)
-
-
-def glorot_uniform(rng: np.random.Generator, n_out: int, n_in: int, *kernel: int) -> Float:
-    """Return (out, in, kernel...) weights uniform in ±√(6 / ((in + out)·places)) (Glorot & Bengio 2010)."""
-    limit = math.sqrt(6 / ((n_in + n_out) * math.prod(kernel)))
-    return rng.uniform(-limit, limit, (n_out, n_in, *kernel)).astype(np.float32)
+def build(parts: Sequence[Part], engine: str) -> Network:
+    """Return a network of these parts, which ``engines.parts.shapes`` has checked."""
+    return Network(get_engine(engine).build(parts))
 
 
 def prune(
@@ -209,7 +200,7 @@ def prune(
             ``Threshold``, which say themselves what goes.
         structure: what competes with what.
         data: what some criteria score with: a data set, of which the training part counts, or inputs
-            (samples, features) and labels (samples,).
+            (samples, features), or of the network's input shape, and labels (samples,).
 
     Raises:
         InvalidInput: an argument is none of these, the choices do not fit each other, the criterion needs data
@@ -231,6 +222,9 @@ def check_dataset(net: Network, data: Dataset) -> Samples:
     """Return the training samples of a data set; InvalidInput unless it is one and fits the network."""
     check_choice("net", net, Network)
     check_choice("data", data, Dataset)
+    shape = net.input_shape
+    if len(shape) == 3 and data.shape not in (None, shape):
+        raise InvalidInput(f"data has samples of the shape {data.shape}, but net takes {shape}")
     if data.features != net.features or data.classes > net.outputs:
         raise InvalidInput(
             f"data has {data.features} features and {data.classes} classes, but net takes {net.features} features "
@@ -247,7 +241,7 @@ def check_samples(net: Network, data: object) -> Samples:
 
     """
     if isinstance(data, tuple) and len(data) == 2:
-        x = check_inputs(data[0], net.features, name="data's x")
+        x = check_inputs(data[0], net.features, net.input_shape, name="data's x")
         return x, check_labels(data[1], len(x), net.outputs, name="data's y")
     if isinstance(data, Dataset):
         return check_dataset(net, data)
@@ -255,9 +249,10 @@ def check_samples(net: Network, data: object) -> Samples:
 
 
 def to_torch(net: Network) -> torch.nn.Sequential:
-    """Return a ``torch.nn.Sequential`` of ``Linear`` and activations with copies of the weights.
+    """Return a ``torch.nn.Sequential`` that computes the same, with copies of the weights.
 
-    Pruned layers come as ``torch.nn.utils.prune`` leaves them, with ``weight_orig`` and ``weight_mask``.
+    Pruned layers come as ``torch.nn.utils.prune`` leaves them, with ``weight_orig`` and ``weight_mask``. Where the
+    network has convolutions the module takes (samples, channels, height, width).
 
     Raises:
         EngineUnavailable: PyTorch is not installed.
@@ -265,29 +260,35 @@ def to_torch(net: Network) -> torch.nn.Sequential:
     """
     from . import exchange
 
-    return exchange.module_from_layers(net.layers)
+    return exchange.module_from_parts(net.parts)
 
 
 def from_torch(
-    module: torch.nn.Module | Mapping[str, Any], *, activation: str | None = None, engine: str = "auto"
+    module: torch.nn.Module | Mapping[str, Any],
+    *,
+    input_shape: Sequence[int] | None = None,
+    activation: str | None = None,
+    engine: str = "auto",
 ) -> Network:
     """Return a network with copies of the weights of a ``Sequential``, or of its state dict.
 
     Args:
-        module: ``Linear`` layers and ReLU, Tanh, Sigmoid or Identity, plain or pruned with
-            ``torch.nn.utils.prune``; or a state dict of such a module.
+        module: ``Linear``, ``Conv2d``, ``BatchNorm1d`` and ``BatchNorm2d``, each with or without ReLU, Tanh or
+            Sigmoid after it, ``MaxPool2d``, ``AvgPool2d``, ``AdaptiveAvgPool2d``, ``Flatten`` and ``Identity``,
+            plain or pruned with ``torch.nn.utils.prune``; or, of ``Linear`` layers only, a state dict of such a
+            module.
+        input_shape: (channels, height, width) of a sample, for a module that takes images.
         activation: for a state dict, which does not say: that of the hidden layers.
         engine: "auto", "julia" or "torch".
 
     Raises:
-        InvalidInput: the module holds anything else, or weights that are not finite float32.
+        InvalidInput: the module holds anything else, does not fit ``input_shape``, or has weights that are not
+            finite float32.
         EngineUnavailable: PyTorch, or the engine, cannot be had here.
 
     """
     from . import exchange
 
     if isinstance(module, Mapping):
-        layers = exchange.layers_from_state_dict(module, activation=activation)
-    else:
-        layers = exchange.layers_from_module(module)
-    return _build(layers, engine)
+        return build(exchange.layers_from_state_dict(module, activation=activation), engine)
+    return build(exchange.parts_from_module(module, input_shape), engine)

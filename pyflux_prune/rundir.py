@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .choices import FineTune, from_json
-from .engines import Layer
+from .engines import Part
 from .errors import InvalidInput
 from .files import atomic_write, read_model, to_path, write_model
 
@@ -54,21 +54,21 @@ def claim(directory: str | PathLike[str]) -> Path:
         ) from error
 
 
-def write(folder: Path, record: dict[str, Any], layers: Sequence[Layer], origin: Sequence[Layer] = ()) -> None:
+def write(folder: Path, record: dict[str, Any], parts: Sequence[Part], origin: Sequence[Part] = ()) -> None:
     """Write the state of a run after a whole round; a crash at any moment leaves this state or the one before."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if origin and not (folder / ORIGIN).exists():
             write_model(folder / ORIGIN, origin)
-        write_model(folder / MODEL, layers, extra={"run": json.dumps(record)})
+        write_model(folder / MODEL, parts, extra={"run": json.dumps(record)})
         atomic_write(folder / RECORD, json.dumps(record, indent=2).encode() + b"\n")
         atomic_write(folder / TABLE, _table(record))
     except OSError as error:
         raise InvalidInput(f"out cannot be written: {folder}: {error.strerror}") from error
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[Layer], list[Layer]]:
-    """Return the record, the layers, and what the survivors restart from (empty where nothing does).
+def read(folder: Path) -> tuple[dict[str, Any], list[Part], list[Part]]:
+    """Return the record, the network's parts, and what the survivors restart from (empty where nothing does).
 
     Raises:
         InvalidInput: there is no run in the directory, or it is damaged.
@@ -76,13 +76,13 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Layer], list[Layer]]:
     """
     if not (folder / MODEL).is_file():
         raise InvalidInput(f"{folder} holds no run to resume: there is no {MODEL}")
-    layers, metadata = read_model(folder / MODEL)
+    parts, metadata = read_model(folder / MODEL)
     try:
         record = json.loads(metadata["run"])
         finetune: FineTune = from_json(record["plan"]["finetune"])
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInput(f"{folder / MODEL} holds a model but not the record of a run") from error
-    return record, layers, read_model(folder / ORIGIN)[0] if finetune and finetune.goes_back else []
+    return record, parts, read_model(folder / ORIGIN)[0] if finetune and finetune.goes_back else []
 
 
 def _table(record: dict[str, Any]) -> bytes:

@@ -112,13 +112,13 @@ def sensitivity(
     chosen = tuple(check_number("each of rates", rate, 0, 1) for rate in rates) if listed else ()
     if not chosen or list(chosen) != sorted(set(chosen)):
         raise InvalidInput(f"rates must be one or more sparsities that go up, not {rates!r}")
-    layers, copy = net.layers, net.copy().model
+    parts, layers, copy = net.parts, net.layers, net.copy().model
     accuracy = np.empty((len(layers), len(chosen)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LayerCollapse)  # the accuracy says it
         for (i, k), _ in np.ndenumerate(accuracy):
             others = tuple(j for j in range(len(layers)) if j != i)
-            copy.load(layers)
+            copy.load(parts)
             copy.prune(saliency, chosen[k], Layerwise(exclude=others), samples)
             accuracy[i, k] = copy.evaluate(data.x_test, data.y_test)[1]
     names, pruned = zip(*((la.name, la.sparsity) for la in layers), strict=True)

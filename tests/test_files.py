@@ -9,23 +9,39 @@ import struct
 import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from any_networks import assert_same as assert_same_parts
+from any_networks import layer as layer_of
+from any_networks import networks as any_networks
+from any_networks import norm, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from pyflux_prune import files
-from pyflux_prune.engines.parts import ACTIVATIONS, Layer
+from pyflux_prune.engines.parts import (
+    ACTIVATIONS,
+    ConvLayer,
+    Flatten,
+    Input,
+    Layer,
+    Part,
+    Pool,
+    arrays,
+    numbered,
+)
 from pyflux_prune.errors import InvalidInput
-from pyflux_prune.files import MAX_LAYERS, atomic_write, check_layers, read_model, write_model
+from pyflux_prune.files import MAX_LAYERS, atomic_write, check_parts, read_model, write_model
 
 torch = pytest.importorskip("torch")
 load_torch = pytest.importorskip("safetensors.torch").load_file
+sequential = pytest.importorskip("pyflux_prune.engines.torch").sequential
 
 
 def network(sizes: Sequence[int], density: float = 1.0, bias: bool = True, seed: int = 0) -> list[Layer]:
@@ -203,7 +219,7 @@ def layer(**change: Any) -> Layer:
 def test_unusable_layers_are_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     refuses_to_write(tmp_path, message, [layer(**change)])
     with pytest.raises(InvalidInput, match=message):
-        check_layers([layer(**change)])
+        check_parts([layer(**change)])
 
 
 @pytest.mark.parametrize(
@@ -535,6 +551,211 @@ def test_damaged_files_are_refused_or_read(
     path.write_bytes(damaged[: data.draw(st.just(len(damaged)) | st.integers(0, len(damaged)))])
     with contextlib.suppress(InvalidInput):
         layers, _ = read_model(path)
-        check_layers(layers)
+        check_parts(layers)
         write_model(path, layers, sparse=sparse)
         assert_same(read_model(path)[0], layers)
+
+
+# --- networks of other parts than dense layers -----------------------------------------------------------
+
+
+def small_vgg() -> list[Part]:
+    """Return input, convolution, normalisation, pooling, flattening and a dense layer, half of each pruned."""
+    rng = np.random.default_rng(0)
+    conv = ConvLayer(**vars(layer_of(rng, (3, 2, 3, 3), "identity", False, 0.5)), padding=(1, 1), dilation=(1, 1))
+    parts = [Input((2, 4, 4)), conv, norm(rng, 3, "relu"), Pool("", "max", (2, 2), (2, 2)), Flatten("")]
+    return numbered([*parts, layer_of(rng, (2, 12), "identity", True, 0.5)])
+
+
+@settings(deadline=None)
+@given(any_networks(), st.booleans())
+def test_round_trip_of_any_parts(
+    tmp_path_factory: pytest.TempPathFactory, network: list[Part], sparse: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    write_model(path, network, sparse=sparse)
+    found, _ = read_model(path)
+    assert_same_parts(found, network)
+    for part in found:
+        assert all(array.flags.writeable and array.flags.c_contiguous for array in arrays(part).values())
+    data = path.read_bytes()
+    write_model(path, found, sparse=sparse)
+    assert sorted(path.read_bytes()) == sorted(data)  # the order of metadata is safetensors' own
+
+
+def test_the_format_of_other_parts(tmp_path: Path) -> None:
+    network = small_vgg()
+    write_model(tmp_path / "dense", network)
+    tensors, metadata = parts(tmp_path / "dense")
+    assert {key: (str(a.dtype), a.shape) for key, a in tensors.items()} == {
+        "0.weight": ("float32", (3, 2, 3, 3)),
+        "0.mask": ("uint8", (7,)),
+        "1.weight": ("float32", (3,)),
+        "1.bias": ("float32", (3,)),
+        "1.running_mean": ("float32", (3,)),
+        "1.running_var": ("float32", (3,)),
+        "5.weight": ("float32", (2, 12)),
+        "5.mask": ("uint8", (3,)),
+        "5.bias": ("float32", (2,)),
+    }
+    assert metadata["version"] == "2"
+    conv = {"type": "conv", "name": "0", "in": 2, "out": 3, "bias": False, "activation": "identity"}
+    assert json.loads(metadata["architecture"]) == [
+        {"type": "input", "shape": [2, 4, 4]},
+        conv | {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]},
+        {"type": "batchnorm", "name": "1", "channels": 3, "activation": "relu", "epsilon": 1e-3, "momentum": 0.25},
+        {"type": "pool", "name": "3", "kind": "max", "size": [2, 2], "stride": [2, 2], "padding": [0, 0]},
+        {"type": "flatten", "name": "4"},
+        {"type": "dense", "name": "5", "in": 12, "out": 2, "bias": True, "activation": "identity"},
+    ]
+    write_model(tmp_path / "sparse", network, sparse=True)
+    tensors, metadata = parts(tmp_path / "sparse")
+    assert isinstance(network[1], Layer)
+    np.testing.assert_array_equal(tensors["0.values"], network[1].weight[network[1].mask])
+    assert "0.weight" not in tensors
+    assert (metadata["version"], metadata["storage"]) == ("2", "sparse")
+
+
+@settings(max_examples=25, deadline=None)
+@given(any_networks())
+def test_pytorch_reads_the_dense_file_of_any_parts(
+    tmp_path_factory: pytest.TempPathFactory, network: list[Part]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "torch.safetensors"
+    write_model(path, network)
+    module = sequential(network).eval()
+    expected = module(torch.from_numpy(samples(network)))
+    for tensor in module.state_dict().values():
+        tensor.fill_(1)
+    loaded = module.load_state_dict(load_torch(path), strict=False)
+    assert loaded.missing_keys == []
+    assert all(key.endswith(".mask") for key in loaded.unexpected_keys)
+    assert torch.equal(module(torch.from_numpy(samples(network))), expected)
+
+
+CONV = r"a layer of the architecture must have name \(str\), .*, kernel \(list\), stride \(list\), .*, not "
+WRONG_PARTS: dict[str, tuple[Change, str]] = {
+    "old version": (metadata(version="1"), "its version must be 2, not '1'"),
+    "newer version": (metadata(version="3"), "its version must be 1 or 2, not '3'"),
+    "no type": (
+        architecture(lambda entries: entries[5].pop("type") and None),
+        "the type of a layer must be one of",
+    ),
+    "other type": (entry(1, type="conv3d"), "must be one of input, dense, conv, .*, not 'conv3d'"),
+    "type no text": (entry(1, type=["conv"]), r"must be one of input, .*, not \['conv'\]"),
+    "no dict": (
+        architecture(lambda entries: [*entries, 3]),
+        "a layer of the architecture must have name .*, not 3",
+    ),
+    "field missing": (architecture(lambda entries: entries[1].pop("stride") and None), CONV),
+    "field too many": (entry(1, groups=1), CONV),
+    "kernel no list": (entry(1, kernel=3), CONV),
+    "kernel 1-D": (entry(1, kernel=[3]), r"'0': kernel must be 2 whole numbers from 1 to \d+, not \[3\]"),
+    "kernel 0": (entry(1, kernel=[3, 0]), "'0': kernel must be 2 whole numbers from 1 "),
+    "kernel bool": (entry(1, kernel=[3, True]), "'0': kernel must be 2 whole numbers from 1 "),
+    "kernel nested": (entry(1, kernel=[3, [3]]), "'0': kernel must be 2 whole numbers from 1 "),
+    "kernel float": (entry(1, kernel=[3, 3.0]), "'0': kernel must be 2 whole numbers from 1 "),
+    "kernel huge": (entry(1, kernel=[3, 10**4000]), "'0': kernel must be 2 whole numbers from 1 "),
+    "kernel many": (entry(1, kernel=[3] * 10**5), "'0': kernel must be 2 whole numbers from 1 "),
+    "kernel of nothing": (entry(1, kernel=[2**31 - 1] * 2), "layer 0: the file is too small for 3 × 2 × 2147"),
+    "kernel too large": (
+        entry(1, kernel=[7, 3]),
+        r"layer 0 has windows of \(7, 3\), which do not fit",
+    ),
+    "other kernel": (entry(1, kernel=[3, 1]), r"layer 5 takes 12 inputs, but 4 before it has 18 outputs"),
+    "as large a kernel": (entry(1, kernel=[1, 3], padding=[0, 1]), r"0\.mask must be U8 \(3,\), not U8 \(7,\)"),
+    "stride 0": (entry(1, stride=[0, 1]), "'0': stride must be 2 whole numbers from 1 "),
+    "padding below 0": (entry(1, padding=[0, -1]), "'0': padding must be 2 whole numbers from 0 "),
+    "padding huge": (entry(1, padding=[2**31 - 1] * 2), r"at most 2147483647 values anywhere .*, not \(3, 42949"),
+    "dilation huge": (entry(1, dilation=[2**31 - 1] * 2), "layer 0 has windows of"),
+    "channels apart": (entry(1, in_=3), "layer 0 takes 3 channels, but the input before it has 2 channels"),
+    "normalised apart": (entry(2, channels=4), "layer 1 takes 4 channels, but 0 before it has 3 channels"),
+    "channels huge": (entry(2, channels=2**31 - 1), "layer 1 takes 2147483647 channels, but"),
+    "epsilon 0": (entry(2, epsilon=0.0), "'1': epsilon must be above 0, not 0.0"),
+    "epsilon NaN": (entry(2, epsilon=math.nan), "'1': epsilon must be above 0, not nan"),
+    "epsilon infinite": (entry(2, epsilon=math.inf), "'1': epsilon must be above 0, not inf"),
+    "epsilon no float": (entry(2, epsilon=1), r"must have name \(str\), channels \(int\), .*epsilon \(float\)"),
+    "momentum": (entry(2, momentum=1.5), "'1': momentum must be from 0 to 1, not 1.5"),
+    "activation": (entry(2, activation="gelu"), "'1': activation must be one of .*, not 'gelu'"),
+    "kind": (entry(3, kind="sum"), "'3': kind must be one of max, mean, not 'sum'"),
+    "pool padding": (entry(3, padding=[2, 0]), r"layer 3: padding \(2, 0\) must be at most half of \(2, 2\)"),
+    "pool too large": (entry(3, size=[5, 2]), r"layer 3 has windows of \(5, 2\), which do not fit"),
+    "input 2-D": (
+        entry(0, shape=[2, 4]),
+        r"the input's shape must be 3 whole numbers from 1 to \d+, not \[2, 4\]",
+    ),
+    "input huge": (entry(0, shape=[2, 2**31 - 1, 2**31 - 1]), "at most 2147483647 values anywhere"),
+    "input named": (entry(0, name="0"), r"must have shape \(list\), not"),
+    "no input": (architecture(lambda entries: entries[1:]), "must begin with the shape of its inputs"),
+    "two inputs": (architecture(lambda entries: [*entries[:1], *entries]), "the inputs must come first"),
+    "no flatten": (
+        architecture(lambda entries: [*entries[:4], entries[5]]),
+        r"layer 5 takes vectors, \(features,\)",
+    ),
+    "only input": (architecture(lambda entries: entries[:1]), "at least one dense layer or convolution"),
+    "no dense layer": (architecture(lambda entries: entries[:5]), "a network must end with a dense layer"),
+    "name twice": (entry(4, name="3"), "layer names must differ, but '3' occurs twice"),
+    "no mean": (lambda tensors, metadata: tensors.pop("1.running_mean"), r"its tensor 1\.running_mean is missing"),
+    "variance": (tensors(t1_weight=None), r"its tensor 1\.weight is missing"),
+    "negative variance": (
+        lambda tensors, metadata: tensors.update({"1.running_var": -np.ones(3, np.float32)}),
+        r"1\.variance must not be negative",
+    ),
+    "NaN mean": (
+        lambda tensors, metadata: tensors.update({"1.running_mean": np.full(3, np.nan, np.float32)}),
+        r"1\.mean holds NaN or Inf",
+    ),
+    "normalisation too long": (
+        lambda tensors, metadata: tensors.update({"1.running_var": np.ones(4, np.float32)}),
+        r"its tensor 1\.running_var must be F32 \(3,\), not F32 \(4,\)",
+    ),
+    "flat weight": (
+        tensors(t0_weight=lambda a: a.reshape(3, 18)),
+        r"0\.weight must be F32 \(3, 2, 3, 3\), not F32",
+    ),
+    "revived": (tensors(t0_weight=lambda a: a + 1), r"pruned weights must be 0, but \d+ of 0\.weight are not"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_inconsistent_files_of_other_parts(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "model.safetensors"
+    write_model(path, small_vgg())
+    change, message = WRONG_PARTS[case]
+    changed(path, change)
+    refuses_to_read(path, message)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (1, {"weight": np.ones((3, 18), np.float32)}, r"0\.weight must have the shape \(out, in, height, width\)"),
+        (2, {"mean": np.ones(4, np.float32)}, r"1\.mean must be a float32 array \(3,\), not float32 \(4,\)"),
+        (2, {"weight": np.ones((3, 1), np.float32)}, r"1\.weight must have the shape \(channels,\), not \(3, 1\)"),
+        (2, {"epsilon": 1}, r"must have name \(str\), channels"),
+        (3, {"size": (5, 5)}, "layer 3 has windows of"),
+        (4, {"name": "3"}, "layer names must differ"),
+    ],
+)
+def test_unusable_parts_are_not_written(tmp_path: Path, place: int, change: dict[str, Any], message: str) -> None:
+    network = small_vgg()
+    network[place] = replace(network[place], **change)
+    refuses_to_write(tmp_path, message, network)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), sparse=st.booleans())
+def test_damaged_files_of_other_parts_are_refused_or_read(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, sparse: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    write_model(path, small_vgg(), sparse=sparse)
+    damaged = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(damaged)
+    with contextlib.suppress(InvalidInput):
+        network, _ = read_model(path)
+        check_parts(network)
+        write_model(path, network, sparse=sparse)
+        assert_same_parts(read_model(path)[0], network)

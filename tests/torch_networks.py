@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from pyflux_prune.choices import Global, Magnitude, Sparsity
-from pyflux_prune.engines.parts import Bool, Float, Int, Layer
+from pyflux_prune.engines.parts import BatchNorm, Bool, ConvLayer, Flatten, Float, Input, Int, Layer, Part, Pool
+from pyflux_prune.engines.parts import arrays as part_arrays
 from pyflux_prune.engines.torch import TorchEngine, TorchModel
 
 WIDTHS = (7, 6, 5, 3)
@@ -47,8 +52,8 @@ def make_data(samples: int = 40) -> tuple[Float, Int]:
     return rng.normal(size=(samples, WIDTHS[0])).astype(np.float32), rng.integers(0, WIDTHS[-1], samples)
 
 
-def build(layers: Sequence[Layer]) -> TorchModel:
-    return TorchEngine().build(layers)
+def build(parts: Sequence[Part]) -> TorchModel:
+    return TorchEngine().build(parts)
 
 
 def pruned_model(sparsity: Sparsity = 0.5, **options: Any) -> TorchModel:
@@ -82,3 +87,89 @@ def assert_pruned_are_zero(model: TorchModel) -> None:
 
 def flat_masks(model: TorchModel) -> Bool:
     return np.concatenate([layer.mask.ravel() for layer in model.layers()])
+
+
+# --- images ----------------------------------------------------------------------------------------------
+
+IMAGE = (2, 6, 6)
+ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+
+
+def image_module(seed: int = 0, density: float = 1.0) -> nn.Sequential:
+    """A network with everything in it, in evaluation mode."""
+    torch.manual_seed(seed)
+    module = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d((2, 2), (2, 2), (0, 0)),
+        nn.Conv2d(4, 4, (2, 1), stride=(1, 2), dilation=(2, 1), padding=(1, 0), bias=False),
+        nn.Tanh(),
+        nn.AvgPool2d((2, 2), (1, 1), (1, 1)),
+        nn.Flatten(),
+        nn.Linear(48, 6),
+        nn.BatchNorm1d(6, eps=1e-3, momentum=0.3),
+        nn.Sigmoid(),
+        nn.Linear(6, 3),
+    )
+    return randomised(module, density)
+
+
+def randomised(module: nn.Sequential, density: float = 1.0) -> nn.Sequential:
+    """The module in evaluation mode with random statistics of batches, and masks of random weights."""
+    for part in module:
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            for values, low in (
+                (part.weight, -1),
+                (part.bias, -1),
+                (part.running_mean, -1),
+                (part.running_var, 0.5),
+            ):
+                nn.init.uniform_(values, low, 1.5)
+        elif isinstance(part, nn.Linear | nn.Conv2d):
+            prune.custom_from_mask(part, "weight", torch.rand(part.weight.shape) < density)
+    return module.eval()
+
+
+def parts_of(module: nn.Sequential, shape: tuple[int, int, int] = IMAGE) -> list[Part]:
+    """The parts that a masked module is made of, read from torch's own attributes."""
+    parts: list[Any] = [Input(shape)]
+    for place, own in enumerate(module):
+        name, state = str(place), {key: value.numpy() for key, value in own.state_dict().items()}
+        if isinstance(own, nn.Conv2d | nn.Linear):
+            kind, geometry = Layer, {}
+            if isinstance(own, nn.Conv2d):
+                kind, geometry = ConvLayer, {key: getattr(own, key) for key in ("stride", "padding", "dilation")}
+            mask = state["weight_mask"].astype(bool)
+            weight = state["weight_orig"] * mask
+            parts.append(kind(name, weight, mask, state.get("bias"), "identity", **geometry))
+        elif isinstance(own, nn.BatchNorm1d | nn.BatchNorm2d):
+            values = (state[key] for key in ("weight", "bias", "running_mean", "running_var"))
+            parts.append(BatchNorm(name, *values, "identity", own.eps, own.momentum))
+        elif isinstance(own, nn.MaxPool2d | nn.AvgPool2d):
+            size, stride, padding = (_pair(value) for value in (own.kernel_size, own.stride, own.padding))
+            parts.append(Pool(name, "max" if isinstance(own, nn.MaxPool2d) else "mean", size, stride, padding))
+        elif isinstance(own, nn.Flatten):
+            parts.append(Flatten(name))
+        else:
+            parts[-1] = replace(parts[-1], activation=ACTIVATIONS[type(own)])
+    return parts
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def make_images(samples: int = 40, shape: tuple[int, int, int] = IMAGE) -> tuple[Float, Int]:
+    """Images as they cross to engines, flattened, and labels of three classes."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(samples, math.prod(shape))).astype(np.float32)
+    return x, np.arange(samples) % 3
+
+
+def images(x: Float, shape: tuple[int, int, int] = IMAGE) -> Tensor:
+    return torch.from_numpy(x).view(-1, *shape)
+
+
+def all_arrays(model: TorchModel) -> list[Any]:
+    return [np.array(array) for part in model.parts() for array in part_arrays(part).values()]

@@ -77,10 +77,10 @@ class Model(ABC):
 
     @abstractmethod
     def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
-        """Return the saliency of each layer's weights, (out, in), or of its neurons, (out,).
+        """Return the saliency of each layer's weights, in their shape, or of its neurons, (out,).
 
-        Criteria that need data are given some. Raises InvalidInput where they will not do: a batch without some
-        class, a singular Hessian, a network that is too large.
+        Neurons of a convolution are its filters. Criteria that need data are given some. Raises InvalidInput where
+        they will not do: a batch without some class, a singular Hessian, a network that is too large.
         """
 
     def prune(
@@ -132,9 +132,10 @@ class Model(ABC):
     def compact(self) -> Model:
         """Return a model of its own without the neurons that do nothing; its outputs are the same to rounding.
 
-        A hidden neuron goes if none of its outgoing weights is kept, or if none of its incoming ones is: then it
-        is the constant σ(b), which the biases of the next layer take over (and get a bias for, if they have none
-        and the constant is not 0). One neuron of each layer stays. Among the others all masks are kept.
+        A hidden neuron, or filter, goes if none of its outgoing weights is kept, or if none of its incoming ones
+        is: then it is the constant σ(b), which the biases of the next layer take over (and get a bias for, if they
+        have none and the constant is not 0). A filter whose constant a padded convolution or mean would mix with
+        zeros stays. One neuron of each layer stays. Among the others all masks are kept.
         """
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -142,15 +144,35 @@ class Flatten:
 Part = Input | Layer | BatchNorm | Pool | Flatten
 
 
-def layer_names(activations: Sequence[str]) -> list[str]:
-    """Return the names of parts with these activations: an activation takes the number after its part's."""
-    sizes = [1 if a == "identity" else 2 for a in activations]
-    return [str(sum(sizes[:i])) for i in range(len(sizes))]
+LIMIT = 2**31 - 1
+"""No more values than these in one sample, anywhere in a network, so that sizes can be computed with."""
+
+
+def numbered(parts: Iterable[Part]) -> list[Part]:
+    """Return the parts with the names they have in the equivalent ``torch.nn.Sequential``.
+
+    An activation takes the number after its part's; ``Input`` has no place there.
+    """
+    named: list[Part] = []
+    place = 0
+    for part in parts:
+        if isinstance(part, Input):
+            named.append(part)
+        else:
+            named.append(replace(part, name=str(place)))
+            place += 1 if getattr(part, "activation", "identity") == "identity" else 2
+    return named
 
 
 def prunable(parts: Sequence[Part]) -> list[Layer]:
     """Return the parts that can be pruned."""
     return [part for part in parts if isinstance(part, Layer)]
+
+
+def masked(parts: Sequence[Part], masks: Iterable[Bool]) -> list[Part]:
+    """Return the parts, those that can be pruned with these masks."""
+    each = iter(masks)
+    return [replace(part, mask=next(each)) if isinstance(part, Layer) else part for part in parts]
 
 
 def input_shape(parts: Sequence[Part]) -> tuple[int, ...]:
@@ -168,44 +190,70 @@ def shapes(parts: Sequence[Part]) -> list[tuple[int, ...]]:
     """
     if not prunable(parts):
         raise InvalidInput("a network must have at least one dense layer or convolution, but there is none")
-    found: list[tuple[int, ...]] = []
-    now = input_shape(parts)
-    for place, part in enumerate(parts):
-        now = _after(part, now, place)
-        found.append(now)
-    if not isinstance(parts[-1], Layer) or len(now) != 1:
+    if any(isinstance(part, Input) for part in parts[1:]):
+        raise InvalidInput("the shape of the inputs must come first")
+    if not isinstance(parts[0], Input) and any(isinstance(part, ConvLayer | Pool | Flatten) for part in parts):
+        raise InvalidInput("a network of convolutions must begin with the shape of its inputs")
+    found = shapes_after(parts)
+    if not isinstance(parts[-1], Layer) or len(found[-1]) != 1:
         raise InvalidInput("a network must end with a dense layer, whose outputs are the classes")
     return found
 
 
-def _after(part: Part, shape: tuple[int, ...], place: int) -> tuple[int, ...]:
-    """Return the shape that a part makes of another."""
+def shapes_after(parts: Sequence[Part]) -> list[tuple[int, ...]]:
+    """Return what ``shapes`` does, of the first parts of a network."""
+    found: list[tuple[int, ...]] = []
+    now, before = input_shape(parts), "the input"
+    for part in parts:
+        now = after(part, now, before)
+        found.append(now)
+        before = before if isinstance(part, Input) else part.name
+    return found
+
+
+def after(part: Part, shape: tuple[int, ...], before: str) -> tuple[int, ...]:
+    """Return the shape of a sample after a part that it comes to in a shape from the part called ``before``.
+
+    Raises:
+        InvalidInput: the part does not fit.
+
+    """
     match part:
         case Input():
-            if place:
-                raise InvalidInput("the shape of the inputs must come first")
-            return shape
+            made: tuple[int, ...] = part.shape
         case ConvLayer():
-            _expect(part.name, "channels", part.weight.shape[1], shape, 3)
+            _expect(part.name, part.weight.shape[1], "channels", shape, before, images=True)
             windows = [(k - 1) * d + 1 for k, d in zip(part.weight.shape[2:], part.dilation, strict=True)]
-            return (len(part.weight), *_slide(part.name, shape, windows, part.stride, part.padding))
+            made = (len(part.weight), *_slide(part.name, shape, windows, part.stride, part.padding))
         case Layer():
-            _expect(part.name, "features", part.weight.shape[1], shape, 1)
-            return (len(part.weight),)
+            _expect(part.name, part.weight.shape[1], "inputs", shape, before)
+            made = (len(part.weight),)
         case BatchNorm():
-            _expect(part.name, "channels", len(part.weight), shape, len(shape))
-            return shape
+            _expect(part.name, len(part.weight), "channels", shape, before, images=len(shape) == 3)
+            made = shape
         case Pool():
-            _expect(part.name, "channels", shape[0], shape, 3)
-            return (shape[0], *_slide(part.name, shape, part.size, part.stride, part.padding))
+            if any(2 * p > k for p, k in zip(part.padding, part.size, strict=True)):
+                raise InvalidInput(
+                    f"layer {part.name}: padding {part.padding} must be at most half of {part.size}"
+                )
+            _expect(part.name, shape[0], "channels", shape, before, images=True)
+            made = (shape[0], *_slide(part.name, shape, part.size, part.stride, part.padding))
         case Flatten():
-            return (int(np.prod(shape)),)
+            made = (math.prod(shape),)
+    if math.prod(made) > LIMIT:
+        raise InvalidInput(f"a sample must have at most {LIMIT} values anywhere in a network, not {made}")
+    return made
 
 
-def _expect(name: str, what: str, wanted: int, shape: tuple[int, ...], dimensions: int) -> None:
-    if len(shape) != dimensions or shape[0] != wanted:
-        kind = {1: f"({what},)", 3: f"({what}, height, width)"}[dimensions]
-        raise InvalidInput(f"layer {name} takes {kind} with {wanted} {what}, but the part before it gives {shape}")
+def _expect(
+    name: str, wanted: int, what: str, shape: tuple[int, ...], before: str, *, images: bool = False
+) -> None:
+    if len(shape) != (3 if images else 1):
+        kind = "images, (channels, height, width)" if images else "vectors, (features,)"
+        raise InvalidInput(f"layer {name} takes {kind}, but {before} before it gives {shape}")
+    if shape[0] != wanted:
+        given = "outputs" if what == "inputs" else what
+        raise InvalidInput(f"layer {name} takes {wanted} {what}, but {before} before it has {shape[0]} {given}")
 
 
 def _slide(
@@ -214,16 +262,36 @@ def _slide(
     """Return how many places, (height, width), a window has that moves over an image."""
     room = [n + 2 * p - w for n, p, w in zip(shape[1:], padding, window, strict=True)]
     if min(room) < 0:
-        raise InvalidInput(f"layer {name} has windows of {tuple(window)}, but the part before it gives {shape}")
+        raise InvalidInput(f"layer {name} has windows of {tuple(window)}, which do not fit into {shape}")
     height, width = (r // s + 1 for r, s in zip(room, stride, strict=True))
     return height, width
 
 
+def check_batches(parts: Sequence[Part], samples: int, batchsize: int) -> None:
+    """Raise InvalidInput where batch normalisation would meet a batch of a single value per channel."""
+    last = samples % batchsize or batchsize
+    if 1 not in (last, batchsize) or not any(isinstance(part, BatchNorm) for part in parts):
+        return
+    for part, shape in zip(parts, shapes(parts), strict=True):
+        if isinstance(part, BatchNorm) and math.prod(shape[1:]) == 1:
+            raise InvalidInput(
+                f"batchsize {batchsize} makes a batch of one of {samples} samples, but layer {part.name}, which "
+                "normalises batches, needs two or more to train on"
+            )
+
+
 def copies(parts: Sequence[Part]) -> list[Part]:
     """Return the parts with arrays of their own."""
-    return [replace(part, **{name: array.copy() for name, array in arrays(part).items()}) for part in parts]
+    return [with_arrays(part, {name: array.copy() for name, array in arrays(part).items()}) for part in parts]
 
 
-def arrays(part: Part) -> dict[str, npt.NDArray[np.float32 | np.bool_]]:
+def arrays(part: Part) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays that a part holds, by the names of its fields."""
     return {name: value for name, value in vars(part).items() if isinstance(value, np.ndarray)}
+
+
+def with_arrays(part: Part, found: Mapping[str, npt.NDArray[Any]]) -> Part:
+    """Return the part with other arrays in the place of those of these names."""
+    any_part: Any = part
+    changed: Part = replace(any_part, **found)
+    return changed

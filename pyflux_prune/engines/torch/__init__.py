@@ -19,6 +19,6 @@ except ImportError as error:
 
 from .engine import TorchEngine
 from .model import TorchModel
-from .modules import ACTIVATION_MODULES, linears, mask_weight, sequential
+from .modules import ACTIVATION_MODULES, mask_weight, prunable_modules, sequential
 
-__all__ = ["ACTIVATION_MODULES", "TorchEngine", "TorchModel", "linears", "mask_weight", "sequential"]
+__all__ = ["ACTIVATION_MODULES", "TorchEngine", "TorchModel", "mask_weight", "prunable_modules", "sequential"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..base import Engine
-from ..parts import Layer
+from ..parts import Part
 from .model import TorchModel
 
 
@@ -19,9 +19,9 @@ class TorchEngine(Engine):
 
     name = "torch"
 
-    def build(self, layers: Sequence[Layer]) -> TorchModel:
-        """Return a new model with copies of these layers' arrays."""
-        return TorchModel(layers)
+    def build(self, parts: Sequence[Part]) -> TorchModel:
+        """Return a new model with copies of these parts' arrays."""
+        return TorchModel(parts)
 
     def versions(self) -> dict[str, Any]:
         """Return the versions of torch and NumPy, and torch's BLAS and number of threads."""

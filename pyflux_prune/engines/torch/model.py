@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,79 +15,70 @@ from torch.nn.functional import cross_entropy
 from ...choices import Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ...errors import Diverged
 from ..base import Model, Samples, Scores
-from ..parts import Float, Int, Layer, Part
+from ..parts import Float, Int, Part, arrays, input_shape, prunable
 from .compact import compact
 from .double import Double
-from .modules import linears, mask_weight, sequential, tensor
+from .modules import mask_weight, prunable_modules, sequential, tensor, views
 from .pruning import prune
 from .regrow import regrown
 from .saliency import check, score
-from .training import Stepper
+from .training import Stepper, check_batches
 
 _TICK = 0.1
 """Seconds between two reports of progress."""
 
+_IMAGES = 256
+"""How many images are computed at a time, but in training."""
+
 
 class TorchModel(Model):
-    """An ``nn.Sequential`` whose linear modules each carry a mask of ``torch.nn.utils.prune``.
+    """An ``nn.Sequential`` whose prunable modules each carry a mask of ``torch.nn.utils.prune``.
 
     torch applies a mask by multiplication, and 0·NaN is NaN. Pruned weights are therefore set to 0 before
     anything is computed, as well as after every step: whatever was written there never counts.
 
     Attributes:
-        module: the network.
-        names: of the layers.
-        weights: each linear module's ``weight_orig``, (out, in).
-        masks: each linear module's ``weight_mask``, (out, in) bool.
-        biases: each linear module's bias, (out,), or None.
+        module: the network, of images (samples, channels, height, width); in training mode only during ``train``.
+        names: of the prunable layers.
+        weights: each prunable module's ``weight_orig``, (out, in) or (out, in, height, width).
+        masks: each prunable module's ``weight_mask``, a bool of the same shape.
+        biases: each prunable module's bias, (out,), or None.
 
     """
 
     engine = "torch"
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        """Copy the layers' arrays."""
-        self.module = sequential(layers)
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """Copy the parts' arrays."""
+        self.module = sequential(parts).eval()
+        layers, modules = prunable(parts), prunable_modules(self.module)
         self.names = [layer.name for layer in layers]
-        self.weights: list[nn.Parameter] = []
-        self.masks: list[Tensor] = []
-        self.biases: list[nn.Parameter | None] = []
-        self._layers: list[Layer] = []
+        for layer, module in zip(layers, modules, strict=True):
+            mask_weight(module, layer.mask)
+            module.weight_mask = module.get_buffer("weight_mask").bool()  # so that NumPy can view it
+        self.weights = [module.get_parameter("weight_orig") for module in modules]
+        self.masks = [module.get_buffer("weight_mask") for module in modules]
+        self.biases = [module.bias for module in modules]
+        self._shape = input_shape(parts)
+        self._parts = views(parts, self.module)
         self._stepper: Stepper | None = None
-        for layer, linear in zip(layers, linears(self.module), strict=True):
-            mask_weight(linear, layer.mask)
-            linear.weight_mask = mask = linear.get_buffer("weight_mask").bool()  # so that NumPy can view it
-            weight, bias = linear.get_parameter("weight_orig"), linear.bias
-            self.weights.append(weight)
-            self.masks.append(mask)
-            self.biases.append(bias)
-            self._layers.append(
-                replace(
-                    layer,
-                    weight=weight.detach().numpy(),
-                    mask=mask.numpy(),
-                    bias=None if bias is None else bias.detach().numpy(),
-                )
-            )
         self._zero_pruned()
 
     def parts(self) -> list[Part]:
         """Return all parts, their arrays as NumPy views of torch's own memory, which stays where it is."""
         self._zero_pruned()
-        return list(self._layers)
+        return list(self._parts)
 
-    def load(self, layers: Sequence[Part]) -> None:
+    def load(self, parts: Sequence[Part]) -> None:
         """Copy all arrays of these parts in; all else is that of the model."""
-        for mine, given in zip(self._layers, layers, strict=True):
-            mine.weight[:] = given.weight
-            mine.mask[:] = given.mask
-            if mine.bias is not None:
-                mine.bias[:] = given.bias
+        for mine, given in zip(self._parts, parts, strict=True):
+            for name, array in arrays(mine).items():
+                array[:] = getattr(given, name)
         self._zero_pruned()
 
     def double(self) -> Double:
         """Return a float64 copy."""
-        return Double.of(self.layers())
+        return Double.of(self.parts())
 
     @torch.no_grad()
     def write(self, net: Double) -> None:
@@ -117,11 +109,17 @@ class TorchModel(Model):
 
     def loss_and_gradients(self, x: Float, y: Int) -> tuple[float, list[tuple[Float, Float | None]]]:
         """Return the mean cross-entropy and, layer by layer, its masked gradient in weight and bias."""
-        loss = cross_entropy(self._outputs(x), tensor(y))
-        parameters = list(self.module.parameters())
-        gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
-        return loss.item(), [
-            (gradients[weight].numpy(), None if bias is None else gradients[bias].numpy())
+        self._zero_pruned()
+        parameters = [p for p in (*self.weights, *self.biases) if p is not None]
+        total, gradients = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
+        for inputs, labels in zip(self._batches(x), self._split(tensor(y)), strict=True):
+            loss = cross_entropy(self.module(inputs), labels) * (len(labels) / len(y))
+            total += loss.item()
+            for sum_, part in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+                sum_ += part
+        found = dict(zip(parameters, gradients, strict=True))
+        return total, [
+            (found[weight].numpy(), None if bias is None else found[bias].numpy())
             for weight, bias in zip(self.weights, self.biases, strict=True)
         ]
 
@@ -142,26 +140,28 @@ class TorchModel(Model):
         ``tick`` is told how many steps are done about ten times a second, and after the last.
         """
         assert self._stepper is not None, "start comes before train"
-        inputs, labels, indices = tensor(x), tensor(y), tensor(order)
+        check_batches(self._parts, len(order), batchsize)
+        inputs, labels, indices = tensor(x).view(len(x), *self._shape), tensor(y), tensor(order)
         starts = range(0, len(order), batchsize)
         losses, parameters = np.empty(len(starts), np.float32), list(self.module.parameters())
         self._zero_pruned()
         told = time.monotonic()
-        for step, start in enumerate(starts):
-            batch = indices[start : start + batchsize]
-            loss = cross_entropy(self.module(inputs[batch]), labels[batch])
-            if not loss.isfinite():
-                raise Diverged("the training loss is not finite; try a lower learning rate")
-            self._stepper.step(torch.autograd.grad(loss, parameters))
-            self._zero_pruned()
-            losses[step] = loss.item()
-            if tick is not None and (step + 1 == len(starts) or time.monotonic() - told >= _TICK):
-                tick(step + 1)
-                told = time.monotonic()
+        with _training(self.module):
+            for step, start in enumerate(starts):
+                batch = indices[start : start + batchsize]
+                loss = cross_entropy(self.module(inputs[batch]), labels[batch])
+                if not loss.isfinite():
+                    raise Diverged("the training loss is not finite; try a lower learning rate")
+                self._stepper.step(torch.autograd.grad(loss, parameters))
+                self._zero_pruned()
+                losses[step] = loss.item()
+                if tick is not None and (step + 1 == len(starts) or time.monotonic() - told >= _TICK):
+                    tick(step + 1)
+                    told = time.monotonic()
         return losses
 
     def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
-        """Return the saliency of each layer's weights, (out, in), or of its neurons, (out,).
+        """Return the saliency of each layer's weights, of their shape, or of its neurons, (out,).
 
         Those of ``Magnitude``, ``Threshold`` and ``RandomSaliency`` are float32, all others float64.
         """
@@ -173,9 +173,9 @@ class TorchModel(Model):
         self, saliency: Saliency, sparsity: Sparsity | None, structure: Structure, data: Samples | None
     ) -> None:
         """Prune a copy, and take what it holds once nothing can fail any more."""
-        copy = TorchModel(self.layers())
+        copy = TorchModel(self.parts())
         prune(copy, saliency, sparsity, structure, data)
-        self.load(copy.layers())
+        self.load(copy.parts())
         self._forget([~mask for mask in self.masks])
 
     def regrow(self, method: Regrowth, fraction: float, data: Samples) -> None:
@@ -189,12 +189,23 @@ class TorchModel(Model):
 
     def compact(self) -> TorchModel:
         """Return a model of its own without the neurons that do nothing; its outputs are the same to rounding."""
-        return TorchModel(compact(self.layers()))
+        return TorchModel(compact(self.parts()))
+
+    @property
+    def features(self) -> int:
+        """The number of inputs."""
+        return math.prod(self._shape)
 
     def _outputs(self, x: Float) -> Tensor:
         self._zero_pruned()
-        outputs: Tensor = self.module(tensor(x))
-        return outputs
+        return torch.cat([self.module(batch).flatten(1) for batch in self._batches(x)])
+
+    def _batches(self, x: Float) -> Sequence[Tensor]:
+        return self._split(tensor(x).view(len(x), *self._shape))
+
+    def _split(self, values: Tensor) -> Sequence[Tensor]:
+        """Return the samples in batches, so that images take little memory."""
+        return torch.split(values, _IMAGES) if len(self._shape) > 1 else (values,)
 
     def _zero_pruned(self) -> None:
         for weight, mask in zip(self.weights, self.masks, strict=True):
@@ -205,3 +216,13 @@ class TorchModel(Model):
         if self._stepper is not None:
             for weight, where in zip(self.weights, places, strict=True):
                 self._stepper.forget(weight, where)
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    """Have batch normalisation use and store the statistics of batches for a while."""
+    module.train()
+    try:
+        yield
+    finally:
+        module.eval()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @singledispatch
 def growth(method: Regrowth, model: TorchModel, data: Samples) -> list[Tensor]:
-    """Return how much each pruned weight wants to grow, (out, in) of each layer; the highest do."""
+    """Return how much each pruned weight of each layer wants to grow; the highest do."""
     raise InvalidInput(f"regrowth must be one that the torch engine has, not {method!r}")
 
 

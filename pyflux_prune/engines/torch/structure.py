@@ -6,6 +6,7 @@ who competes with whom within a layer, and one of ``shares`` if it takes sparsit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -17,48 +18,53 @@ from torch import Tensor
 from ...choices import ERK, Global, Layerwise, Neurons, NofM, PerOutput, Sparsity, Structure
 from ...errors import InvalidInput
 
+Shape = tuple[int, ...]
+"""Of a weight: (out, in) or (out, in, height, width)."""
+
 # --- who competes with whom ------------------------------------------------------------------------------
 
 
 @singledispatch
-def numbers(structure: Structure, layer: str, outputs: int, inputs: int) -> Tensor:
-    """Return the group of each of a layer's weights, (out, in), or neurons, (out,), as a number from 0."""
+def numbers(structure: Structure, layer: str, shape: Shape) -> Tensor:
+    """Return the group of each of a layer's weights, of this shape, or neurons, (out,), as a number from 0."""
     raise InvalidInput(f"structure must be one that the torch engine has, not {structure!r}")
 
 
 @numbers.register(Global)
 @numbers.register(Layerwise)
 @numbers.register(ERK)
-def _(structure: Structure, layer: str, outputs: int, inputs: int) -> Tensor:
-    return torch.zeros(outputs, inputs, dtype=torch.int64)
+def _(structure: Structure, layer: str, shape: Shape) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
 
 
 @numbers.register(PerOutput)
-def _(structure: PerOutput, layer: str, outputs: int, inputs: int) -> Tensor:
-    return torch.arange(outputs)[:, None].expand(-1, inputs)
+def _(structure: PerOutput, layer: str, shape: Shape) -> Tensor:
+    return torch.arange(shape[0]).repeat_interleave(math.prod(shape[1:])).view(shape)
 
 
 @numbers.register(NofM)
-def _(structure: NofM, layer: str, outputs: int, inputs: int) -> Tensor:
+def _(structure: NofM, layer: str, shape: Shape) -> Tensor:
+    outputs, inputs, *kernel = shape
     if inputs % structure.m:
         raise InvalidInput(
             f"layer {layer} has {inputs} inputs, not a multiple of m = {structure.m}; exclude in the structure "
             "leaves it alone"
         )
-    return torch.arange(outputs * inputs).view(outputs, inputs) // structure.m
+    groups = torch.arange(math.prod(shape) // structure.m).view(outputs, inputs // structure.m, *kernel)
+    return groups.repeat_interleave(structure.m, 1)
 
 
 @numbers.register(Neurons)
-def _(structure: Neurons, layer: str, outputs: int, inputs: int) -> Tensor:
-    return torch.zeros(outputs, dtype=torch.int64)
+def _(structure: Neurons, layer: str, shape: Shape) -> Tensor:
+    return torch.zeros(shape[0], dtype=torch.int64)
 
 
 # --- how much of a group goes ----------------------------------------------------------------------------
 
 
 @singledispatch
-def shares(structure: Structure, shapes: Sequence[tuple[int, int]], sparsity: Sparsity | None) -> list[float]:
-    """Return the sparsity of the groups of each competing layer, given the layers' shapes, (out, in)."""
+def shares(structure: Structure, shapes: Sequence[Shape], sparsity: Sparsity | None) -> list[float]:
+    """Return the sparsity of the groups of each competing layer, given the shapes of the layers' weights."""
     return _as_given(structure, len(shapes), sparsity)
 
 
@@ -77,7 +83,7 @@ def _as_given(structure: Structure, layers: int, sparsity: Sparsity | None) -> l
 
 
 @shares.register(NofM)
-def _(structure: NofM, shapes: Sequence[tuple[int, int]], sparsity: Sparsity | None) -> list[float]:
+def _(structure: NofM, shapes: Sequence[Shape], sparsity: Sparsity | None) -> list[float]:
     n, m = structure.n, structure.m
     most = max((m - n) / m, 1 - n / m)  # they may differ in the last place
     given = _as_given(structure, len(shapes), most if sparsity is None else sparsity)
@@ -87,9 +93,9 @@ def _(structure: NofM, shapes: Sequence[tuple[int, int]], sparsity: Sparsity | N
 
 
 @shares.register(ERK)
-def _(structure: ERK, shapes: Sequence[tuple[int, int]], sparsity: Sparsity | None) -> list[float]:
+def _(structure: ERK, shapes: Sequence[Shape], sparsity: Sparsity | None) -> list[float]:
     uniform = _as_given(structure, len(shapes), sparsity)[0]
-    sizes, sums = [o * i for o, i in shapes], [o + i for o, i in shapes]
+    sizes, sums = list(map(math.prod, shapes)), list(map(sum, shapes))
     kept = sum(sizes) - round(uniform * sum(sizes))
     others, dense = set(range(len(shapes))), set[int]()
     epsilon = 0.0
@@ -107,7 +113,15 @@ def _(structure: ERK, shapes: Sequence[tuple[int, int]], sparsity: Sparsity | No
 
 def alive(masks: Sequence[Tensor]) -> list[Tensor]:
     """Return which neurons of each layer but the last have a kept incoming and a kept outgoing weight."""
-    return [here.any(1) & after.any(0) for here, after in pairwise(masks)]
+    return [here.flatten(1).any(1) & by_source(after, len(here)).any(2).any(0) for here, after in pairwise(masks)]
+
+
+def by_source(array: Tensor, neurons: int) -> Tensor:
+    """Return a layer's array as (out, neurons, the rest), by the neurons of the layer before.
+
+    The rest is the kernel of a convolution, and in a dense layer after ``Flatten`` the places of a channel.
+    """
+    return array.view(len(array), neurons, -1)
 
 
 def neuron_scores(scores: Sequence[Tensor], masks: Sequence[Tensor], p: float) -> list[Tensor]:
@@ -115,7 +129,7 @@ def neuron_scores(scores: Sequence[Tensor], masks: Sequence[Tensor], p: float) -
     found = []
     for values, mask in zip(scores, masks, strict=True):
         s = torch.where(mask, values.double(), 0.0)
-        t = (s * s.abs() ** (p - 1)).sum(1)
+        t = (s * s.abs() ** (p - 1)).flatten(1).sum(1)
         found.append(t.sign() * t.abs() ** (1 / p))
     return found
 
@@ -128,7 +142,7 @@ class Outcome:
     """What selection decides.
 
     Attributes:
-        masks: one bool tensor per layer, (out, in).
+        masks: one bool tensor per layer, of its weight's shape.
         neurons: with ``Neurons``, the neurons of each layer, (out,), that go now; None otherwise.
 
     """
@@ -153,12 +167,12 @@ class Contest:
             isinstance(structure, Neurons) and not structure.layerwise
         )
         self._layers = _competing(structure, len(masks))
-        self._shapes = [(mask.shape[0], mask.shape[1]) for mask in masks]
+        self._shapes = [tuple(mask.shape) for mask in masks]
         groups, self._places = [], [0] if self._together else []
-        for layer, (outputs, inputs) in enumerate(self._shapes):
-            group = torch.full((outputs,) if self._neurons else (outputs, inputs), -1)
+        for layer, shape in enumerate(self._shapes):
+            group = torch.full(shape[:1] if self._neurons else shape, -1)
             if layer in self._layers:
-                group = numbers(structure, names[layer], outputs, inputs)
+                group = numbers(structure, names[layer], shape)
                 if not self._together:
                     group = group + len(self._places)
                     self._places += [self._layers.index(layer)] * (int(group.max()) + 1 - len(self._places))
@@ -193,19 +207,20 @@ class Contest:
     def choose(self, scores: Sequence[Tensor], masks: Sequence[Tensor], kept: Tensor | None) -> Outcome:
         """Return what is left when in each group the lowest scores go, until as many as ``kept`` are left.
 
-        Equal scores go by position: layer, then output, then input. No unit goes in a group that has no more than
-        that; without ``kept``, all that score below 1 go.
+        Equal scores go by position: layer, output, input, then row and column of a kernel. No unit goes in a group
+        that has no more than that; without ``kept``, all that score below 1 go.
 
         Args:
-            scores: one tensor per layer, (out, in), or (out,) of neurons; those of pruned weights do not matter.
-            masks: one bool tensor per layer, (out, in); left as they are.
+            scores: one tensor per layer, of its weight's shape, or (out,) of neurons; those of pruned weights do
+                not matter.
+            masks: one bool tensor per layer, of its weight's shape; left as they are.
             kept: what the method ``kept`` returns, or more.
 
         Raises:
             InvalidInput: a unit that competes scores NaN, or ``min_kept`` leaves a group too few that can go.
 
         """
-        if isinstance(self._structure, Neurons) and scores[0].ndim == 2:
+        if isinstance(self._structure, Neurons) and scores[0].ndim > 1:
             scores = neuron_scores(scores, masks, self._structure.norm)
         values, live = torch.cat([layer.flatten() for layer in scores]), self._live(masks)
         for unit in (live & values.isnan()).nonzero()[:1]:
@@ -228,8 +243,11 @@ class Contest:
         parts = torch.split(gone, self._sizes)
         if not self._neurons:
             return Outcome([mask & ~part.view_as(mask) for mask, part in zip(masks, parts, strict=True)], None)
-        before = [torch.zeros_like(masks[0][0]), *parts[:-1]]
-        left = [mask & ~(here[:, None] | below) for mask, here, below in zip(masks, parts, before, strict=True)]
+        left = [mask.clone() for mask in masks]
+        for mask, here in zip(left, parts, strict=True):
+            mask[here] = False
+        for mask, below in zip(left[1:], parts, strict=False):
+            by_source(mask, len(below))[:, below] = False
         return Outcome(left, list(parts))
 
     @property
@@ -237,7 +255,7 @@ class Contest:
         return "neurons" if self._neurons else "weights"
 
     def _live(self, masks: Sequence[Tensor]) -> Tensor:
-        units = [*alive(masks), torch.zeros_like(masks[-1][:, 0])] if self._neurons else masks
+        units = [*alive(masks), torch.zeros(len(masks[-1]), dtype=torch.bool)] if self._neurons else masks
         return torch.cat([unit.flatten() for unit in units]) & (self._group >= 0)
 
     def _count(self, units: Tensor) -> Tensor:
@@ -256,12 +274,17 @@ class Contest:
             return "the network"
         members = (self._group == group).nonzero().squeeze(1)
         layer = int(self._layer[members[0]])
-        name, inputs = f"layer {self._names[layer]}", self._shapes[layer][1]
+        name, shape = f"layer {self._names[layer]}", self._shapes[layer]
         if len(members) == self._sizes[layer]:
             return name
-        output, first = divmod(int(members[0]) - sum(self._sizes[:layer]), inputs)
-        name = f"output {output} of {name}"
-        return name if len(members) == inputs else f"inputs {first} to {first + len(members) - 1} of {name}"
+        first, last = torch.stack(torch.unravel_index(members - sum(self._sizes[:layer]), shape))[
+            :, [0, -1]
+        ].T.tolist()
+        name = f"output {first[0]} of {name}"
+        if len(members) == math.prod(shape[1:]):
+            return name
+        kernel = f" at {tuple(first[2:])} of the kernel" if len(shape) > 2 else ""
+        return f"inputs {first[1]} to {last[1]}{kernel} of {name}"
 
 
 def _competing(structure: Structure, layers: int) -> list[int]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ....choices import Activation, Wanda
 from ...base import Samples
-from ..double import samples
+from ...parts import Layer
+from ..double import patches, samples
 from .base import score
 
 if TYPE_CHECKING:
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 @score.register(Wanda)
 def _(criterion: Wanda, model: TorchModel, data: Samples | None) -> list[Tensor]:
     net, (x, _) = model.double(), samples(data)
-    inputs = net.forward(x)[:-1]
-    return [
-        weight.abs() * torch.linalg.vector_norm(passed, dim=0)
-        for weight, passed in zip(net.weights, inputs, strict=True)
-    ]
+    squares = net.means(x, lambda layer, inputs, outputs: inputs.square().sum(0))
+    scores = []
+    for layer, weight, square in zip(net.layers, net.weights, squares, strict=True):
+        norms = (len(x) * patches(layer, square[None])[0].mean(1)).sqrt()
+        scores.append(weight.abs() * norms.view(weight.shape[1:]))
+    return scores
 
 
 @score.register(Activation)
 def _(criterion: Activation, model: TorchModel, data: Samples | None) -> list[Tensor]:
-    x, _ = samples(data)
-    outputs = model.double().forward(x)[1:]
-    if criterion.zeros:
-        return [(passed != 0).double().mean(0) for passed in outputs]
-    return [passed.abs().mean(0) for passed in outputs]
+    def total(layer: Layer, inputs: Tensor, outputs: Tensor) -> Tensor:
+        measured = (outputs != 0).double() if criterion.zeros else outputs.abs()
+        return measured.flatten(2).mean(2).sum(0) if outputs.ndim > 2 else measured.sum(0)
+
+    return model.double().means(samples(data)[0], total)

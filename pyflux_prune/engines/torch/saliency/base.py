@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @singledispatch
 def score(criterion: Saliency, model: TorchModel, data: Samples | None) -> list[Tensor]:
-    """Return the saliency of each layer's weights, (out, in), or neurons, (out,); higher is more important.
+    """Return the saliency of each layer's weights, of their shape, or neurons, (out,); higher is more important.
 
     A new criterion is one more method of this function. Call ``check`` first.
 

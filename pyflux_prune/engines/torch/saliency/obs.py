@@ -11,7 +11,8 @@ from torch import Tensor
 from ....choices import OBS
 from ....errors import InvalidInput
 from ...base import Samples
-from ..double import Double, samples
+from ...parts import Layer
+from ..double import Double, patches, samples
 from .base import compensate, score
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _CHUNK = 2**23
 @score.register(OBS)
 def _(criterion: OBS, model: TorchModel, data: Samples | None) -> list[Tensor]:
     net, (x, _) = model.double(), samples(data)
+    if criterion.full:
+        net = net.perceptron("OBS with full=True")
     spread = _full_inverse(criterion, net, x) if criterion.full else _layer_inverses(criterion, net, x)
     return [weight.square() / (2 * values) for weight, values in zip(net.weights, spread, strict=True)]
 
@@ -35,8 +38,10 @@ def _(criterion: OBS, model: TorchModel, data: Samples | None) -> list[Tensor]:
 @compensate.register(OBS)
 def _(criterion: OBS, model: TorchModel, data: Samples | None, outcome: Outcome) -> None:
     net, (x, _) = model.double(), samples(data)
-    move = _move_all if criterion.full else _move_rows
-    move(criterion, net, x, outcome.masks)
+    if criterion.full:
+        _move_all(criterion, net.perceptron("OBS with full=True"), x, outcome.masks)
+    else:
+        _move_rows(criterion, net, x, outcome.masks)
     model.write(net)
 
 
@@ -70,8 +75,14 @@ def _inverse_diagonal(factor: Tensor) -> Tensor:
 
 
 def _hessians(criterion: OBS, net: Double, x: Tensor) -> list[Tensor]:
-    """Return each layer's E[x·xᵀ], (in, in), damped."""
-    return [_damped(passed.T @ passed / len(x), criterion.damping) for passed in net.forward(x)[:-1]]
+    """Return each layer's E[x·xᵀ], (in, in), damped; x are patches of the inputs of a convolution."""
+
+    def total(layer: Layer, inputs: Tensor, outputs: Tensor) -> Tensor:
+        found = patches(layer, inputs)
+        rows = found.movedim(1, 2).flatten(0, 1)
+        return rows.T @ rows / found.shape[2]
+
+    return [_damped(mean, criterion.damping) for mean in net.means(x, total)]
 
 
 def _same_inputs(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,16 +99,15 @@ def _layer_inverses(criterion: OBS, net: Double, x: Tensor) -> list[Tensor]:
     for name, mask, hessian, diagonal in zip(
         net.names, net.masks, _hessians(criterion, net, x), diagonals, strict=True
     ):
-        for rows, kept in _same_inputs(mask):
+        for rows, kept in _same_inputs(mask.flatten(1)):
             factor = _factor(hessian[kept][:, kept], f"layer {name}")
-            diagonal[rows, kept] = _inverse_diagonal(factor)
+            diagonal.view(len(mask), -1)[rows, kept] = _inverse_diagonal(factor)
     return diagonals
 
 
 def _move_rows(criterion: OBS, net: Double, x: Tensor, after: Sequence[Tensor]) -> None:
-    for name, weight, before, mask, hessian in zip(
-        net.names, net.weights, net.masks, after, _hessians(criterion, net, x), strict=True
-    ):
+    rows_of = ([array.view(len(array), -1) for array in arrays] for arrays in (net.weights, net.masks, after))
+    for name, weight, before, mask, hessian in zip(net.names, *rows_of, _hessians(criterion, net, x), strict=True):
         gone = before & ~mask
         pull = (weight * gone) @ hessian
         losing = gone.any(1).nonzero().squeeze(1)
@@ -138,7 +148,7 @@ def _gauss_newton(criterion: OBS, net: Double, x: Tensor) -> Tensor:
         )
     total = torch.zeros(size, size, dtype=torch.float64)
     for part in torch.split(x, 1 + _CHUNK // (1 + net.classes * size)):
-        p = net.forward(part)[-1].softmax(1)
+        p = net.forward(part).softmax(1)
         output_hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
         j = _jacobian(net, part)
         total += j.flatten(0, 1).T @ (output_hessian @ j).flatten(0, 1)
@@ -156,11 +166,11 @@ def _jacobian(net: Double, x: Tensor) -> Tensor:
     ]
 
     def outputs(biases: list[Tensor], sample: Tensor) -> Tensor:
-        return net.forward(sample, biases=biases)[-1]
+        return net.forward(sample, biases=biases)
 
     in_biases = torch.func.vmap(torch.func.jacrev(outputs), in_dims=(None, 0))(biases, x)
     parts = []
-    for mask, passed, derivatives in zip(net.masks, net.forward(x)[:-1], in_biases, strict=True):
+    for mask, passed, derivatives in zip(net.masks, net.passed(x).inputs, in_biases, strict=True):
         rows, columns = mask.nonzero(as_tuple=True)
         parts.append(derivatives[:, :, rows] * passed[:, None, columns])
     parts += [d for d, bias in zip(in_biases, net.biases, strict=True) if bias is not None]

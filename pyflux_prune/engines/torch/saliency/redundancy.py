@@ -30,7 +30,7 @@ class _Replacements:
 
 @score.register(Redundancy)
 def _(criterion: Redundancy, model: TorchModel, data: Samples | None) -> list[Tensor]:
-    net, scores = model.double(), []
+    net, scores = model.double().perceptron("Redundancy"), []
     for replacements, neurons in zip(_replacements(criterion, net, data), alive(net.masks), strict=False):
         scores.append(_cheapest_first(replacements.cost, neurons))
     return [*scores, torch.full((net.classes,), torch.inf, dtype=torch.float64)]
@@ -55,7 +55,7 @@ def _cheapest_first(cost: Tensor, neurons: Tensor) -> Tensor:
 @compensate.register(Redundancy)
 def _(criterion: Redundancy, model: TorchModel, data: Samples | None, outcome: Outcome) -> None:
     """Add what the next layer did with a neuron that goes to what it does with the one that replaces it."""
-    net = model.double()
+    net = model.double().perceptron("Redundancy")
     assert outcome.neurons is not None, "prune checks that neurons compete"
     replacements, before = list(_replacements(criterion, net, data)), alive(net.masks)
     for place, replace in enumerate(replacements):
@@ -74,10 +74,10 @@ def _(criterion: Redundancy, model: TorchModel, data: Samples | None, outcome: O
 def _replacements(criterion: Redundancy, net: Double, data: Samples | None) -> list[_Replacements]:
     """Return those of each hidden layer."""
     found = []
-    passed = net.forward(samples(data)[0]) if criterion.activations else []
+    outputs = net.passed(samples(data)[0]).outputs if criterion.activations else []
     for place, following in enumerate(net.weights[1:]):
         if criterion.activations:
-            each = _by_activations(passed[place + 1], net.biases[place + 1] is not None)
+            each = _by_activations(outputs[place], net.biases[place + 1] is not None)
         else:
             each = _by_weights(net, place)
         found.append(_Replacements(each.cost * following.square().sum(0)[:, None], each.alpha, each.beta))
