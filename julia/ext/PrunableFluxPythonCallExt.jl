@@ -117,7 +117,6 @@ compact(model) = network(PrunableFlux.compact(model).layers...)
 "A training run over given batches that can be left and taken up again between two steps."
 mutable struct Steps{M,O,B}
     const model::M
-    const layers::Vector{Prunable}
     const opt::O
     const batches::B
     const losses::Vector{Float32}
@@ -127,16 +126,16 @@ end
 function Steps(model, opt, x, sizes, y, n, order, visited, batchsize)
     data = obsview(samples(model, x, sizes, y, n), borrow(Int64, order, visited) .+ 1)
     batches = BatchView(data; batchsize = min(batchsize, visited), partial = true)
-    return Steps(model, prunables(model), opt, batches, zeros(Float32, length(batches)), 0)
+    return Steps(model, opt, batches, zeros(Float32, length(batches)), 0)
 end
 
 "Take steps until all are done or `seconds` have passed; return how many are done."
 function advance!(steps::Steps, seconds)
-    (; model, layers, opt, batches, losses) = steps
+    (; model, opt, batches, losses) = steps
     deadline = time() + seconds
     while steps.done < length(batches)
         x, y = batches[steps.done + 1]
-        losses[steps.done + 1] = step!(logitcrossentropy, model, layers, opt, x, y)
+        losses[steps.done + 1] = step!(logitcrossentropy, model, opt, x, y)
         steps.done += 1
         time() < deadline || break
     end

@@ -147,13 +147,13 @@ Train for `training.epochs` at the learning rates that `finetune` calls for, wit
 step but the first, where `step` are done; return a copy of the model as it was after `copy_at` steps.
 """
 function fit!(model, batches, training; finetune = nothing, copy_at = nothing, between! = nothing)
-    opt, layers = Flux.setup(training.optimiser, model), prunables(model)
+    opt = Flux.setup(training.optimiser, model)
     origin, step = copy_at == 0 ? deepcopy(model) : nothing, 0
     for epoch in 1:(training.epochs)
         adjust_rate!(opt, training, rate_epoch(finetune, training, epoch))
         for (x, y) in batches
             step == 0 || isnothing(between!) || between!(step, opt, x, y)
-            step!(training.loss, model, layers, opt, x, y)
+            step!(training.loss, model, opt, x, y)
             step += 1
             step == copy_at && (origin = deepcopy(model))
         end

@@ -42,16 +42,62 @@ true
 ```
 """
 function train_masked!(loss, model, batches, opt)
-    layers = prunables(model)
-    return Float32[step!(loss, model, layers, opt, x, y) for (x, y) in batches]
+    return Float32[step!(loss, model, opt, x, y) for (x, y) in batches]
 end
 
-function step!(loss, model, layers, opt, x, y)
+function step!(loss, model, opt, x, y)
     value, (gradient,) = Flux.withgradient(m -> loss(m(x), y), model)
     isfinite(value) || throw(DomainError(value, "the training loss is not finite; try a lower learning rate"))
-    Optimisers.update!(opt, model, gradient)
-    foreach(mask!, layers)
+    masked_update!(opt, model, gradient)
     return value
+end
+
+"What `Optimisers.update!` does to `model` and `opt`, after which pruned weights are 0."
+function masked_update!(opt, model, gradient)
+    leaves = IdDict{Optimisers.Leaf,Any}() # tied parameters share a leaf: their gradients are added up
+    collect_leaves!(leaves, opt, model, gradient)
+    for (leaf, (x, dx, mask)) in leaves
+        leaf.frozen || update_leaf!(leaf.rule, leaf, x, dx, mask)
+    end
+    return model
+end
+
+function collect_leaves!(leaves, opt, node, gradient, mask = nothing)
+    gradient isa Ref && (gradient = gradient[]) # of a mutable struct
+    if isnothing(gradient) || opt === ()
+        return leaves
+    elseif opt isa Optimisers.Leaf
+        sum = haskey(leaves, opt) ? leaves[opt][2] .+ gradient : gradient
+        leaves[opt] = (node, sum, mask)
+    elseif node isa Prunable
+        memory, slopes = inner(opt, node), inner(gradient, node)
+        isnothing(slopes) && return leaves
+        collect_leaves!(leaves, memory.weight, weight(node), slopes.weight, node.mask)
+        collect_leaves!(leaves, memory.bias, bias(node), slopes.bias)
+    else
+        nodes = children(node)
+        foreach(key -> collect_leaves!(leaves, opt[key], nodes[key], gradient[key]), keys(nodes))
+    end
+    return leaves
+end
+
+function update_leaf!(rule, leaf, x, dx, mask)
+    Optimisers.update!(leaf, x, dx)
+    return isnothing(mask) ? x : mask!(x, mask)
+end
+
+# Adam as Optimisers has it, in one pass over memory where that takes three, none of them vectorised.
+function update_leaf!(rule::Adam, leaf, x::Array{T}, dx::Array{T}, mask) where {T<:Union{Float32,Float64}}
+    (m, v, powers), (β1, β2) = leaf.state, T.(rule.beta)
+    η, ϵ, (c1, c2) = T(rule.eta), T(rule.epsilon), 1 .- powers
+    @inbounds @simd ivdep for i in eachindex(x, dx, m, v)
+        m[i] = β1 * m[i] + (1 - β1) * dx[i]
+        v[i] = β2 * v[i] + (1 - β2) * abs2(dx[i])
+        moved = x[i] - m[i] / c1 / (@fastmath(sqrt(v[i] / c2)) + ϵ) * η
+        x[i] = isnothing(mask) ? moved : ifelse(mask[i], moved, zero(T))
+    end
+    leaf.state = (m, v, powers .* (β1, β2))
+    return x
 end
 
 """

@@ -79,3 +79,36 @@ end
     @test evaluate(model, (x, y)).loss ≈ Flux.logitcrossentropy(x, y)
     @test evaluate(model, Flux.DataLoader((x, y); batchsize = 3)).loss ≈ Flux.logitcrossentropy(x, y)
 end
+
+@testset "a step is that of Optimisers, masked: $(nameof(typeof(rule)))" for rule in
+        (Adam(0.01), AdamW(0.01), Momentum(0.1), OptimiserChain(WeightDecay(1f-3), Adam(0.01))), T in (Float32, Float64)
+    rng = Xoshiro(1)
+    make() = (T == Float64 ? f64 : f32)(prune!(mlp(Xoshiro(2), 7, 9, 4), Magnitude(); sparsity = 0.4))
+    ours, theirs = make(), make()
+    opts = map(model -> Flux.setup(rule, model), (ours, theirs))
+    Flux.freeze!(opts[1].layers[2].dense.bias)
+    Flux.freeze!(opts[2].layers[2].dense.bias)
+    x, y = randn(rng, T, 7, 20), Flux.onehotbatch(rand(rng, 1:4, 20), 1:4)
+    for _ in 1:30
+        train_masked!(Flux.logitcrossentropy, ours, [(x, y)], opts[1])
+        Optimisers.update!(opts[2], theirs, Flux.gradient(m -> Flux.logitcrossentropy(m(x), y), theirs)[1])
+        mask!(theirs)
+    end
+    for (a, b) in zip(Flux.trainables(ours), Flux.trainables(theirs))
+        @test a ≈ b rtol = 100eps(T)
+    end
+    @test ours[2].dense.bias == make()[2].dense.bias
+end
+
+@testset "tied layers are updated once" begin
+    layer = PrunableDense(randn(Xoshiro(1), Float32, 5, 5), true, tanh)
+    model = prune!(Chain(layer, layer), Magnitude(); sparsity = 0.5)
+    other = deepcopy(model)
+    x, y = randn(Xoshiro(2), Float32, 5, 8), Flux.onehotbatch(mod1.(1:8, 5), 1:5)
+    opts = map(m -> Flux.setup(Adam(0.01), m), (model, other))
+    for _ in 1:5
+        train_masked!(Flux.logitcrossentropy, model, [(x, y)], opts[1])
+        Optimisers.update!(opts[2], other, Flux.gradient(m -> Flux.logitcrossentropy(m(x), y), other)[1])
+    end
+    @test model[1].dense.weight ≈ other[1].dense.weight
+end
