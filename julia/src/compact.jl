@@ -38,9 +38,8 @@ function shrink!(parts, here, there)
     layer, next, between = parts[here], parts[there], parts[(here + 1):(there - 1)]
     masks = canonical(layer, layer.mask), canonical(next, next.mask)
     comes_in, goes_out = fed(masks[1]), used(masks[2], size(masks[1], 1))
-    constant = ifelse.(comes_in, 0, constants(layer, between))
-    stuck = goes_out .& .!iszero.(constant) .& (pads(next) || any(pads, between))
-    keep = comes_in .& goes_out .| stuck
+    values, padded = constants(layer, between, next)
+    keep = goes_out .& (comes_in .| padded)
     any(keep) || (keep[1] = true)
     all(keep) && return false
     kept_bias = bias(layer) === false ? false : bias(layer)[keep]
@@ -49,7 +48,7 @@ function shrink!(parts, here, there)
     for i in (here + 1):(there - 1)
         parts[i] isa BatchNorm && (parts[i] = without_channels(parts[i], keep))
     end
-    parts[there] = without_inputs(next, keep, ifelse.(keep, 0, constant))
+    parts[there] = without_inputs(next, keep, ifelse.(keep' .| comes_in', 0, values))
     return true
 end
 
@@ -57,26 +56,36 @@ pads(part) = false
 pads(layer::PrunableConv) = any(!iszero, layer.conv.pad)
 pads(pool::Flux.MeanPool) = any(!iszero, pool.pad)
 
-"What the outputs of a layer are, after the parts that follow, where nothing comes in."
-function constants(layer, between)
-    values = inner(layer).σ.(bias(layer) .+ zeros(eltype(weight(layer)), size(canonical(layer, layer.mask), 1)))
-    for part in between
-        part isa BatchNorm && (values = vec(Flux.testmode!(deepcopy(part))(reshape(values, 1, :, 1))))
+"""
+What the outputs of a layer are when they reach the next one, (places, outputs), where nothing comes in; and of which
+outputs that is not so at the borders, since something on the way pads them when they are not 0.
+"""
+function constants(layer, between, next)
+    n = size(canonical(layer, layer.mask), 1)
+    values = reshape(inner(layer).σ.(bias(layer) .+ zeros(eltype(weight(layer)), n)), 1, n)
+    padded = falses(n)
+    for part in [between; next]
+        if part isa BatchNorm
+            values = repeat(values, part.chs ÷ length(values)) # after Flux.flatten a channel has several places
+            values = reshape(Flux.testmode!(deepcopy(part))(reshape(values, 1, :, 1)), :, n)
+        end
+        pads(part) && (padded .|= vec(any(!iszero, values; dims = 1)))
     end
-    return values
+    return values, padded
 end
 
 function without_channels(norm::BatchNorm, keep)
-    part(v) = v isa AbstractVector ? v[keep] : v
+    kept = repeat(keep; inner = norm.chs ÷ length(keep))
+    part(v) = v isa AbstractVector ? v[kept] : v
     (; λ, β, γ, μ, σ², ϵ, momentum, affine, track_stats, active) = norm
-    return BatchNorm(λ, part(β), part(γ), part(μ), part(σ²), ϵ, momentum, affine, track_stats, active, count(keep))
+    return BatchNorm(λ, part(β), part(γ), part(μ), part(σ²), ϵ, momentum, affine, track_stats, active, count(kept))
 end
 
 function without_inputs(layer, keep, constant)
     W = by_source(canonical(layer, weight(layer)), length(keep))
     kept(A) = native(layer, reshape(by_source(canonical(layer, A), length(keep))[:, :, keep, :],
                                     size(A, output_dim(layer)), :, size(canonical(layer, A))[3:end]...))
-    shift = vec(sum(W .* reshape(constant, 1, 1, :, 1); dims = (2, 3, 4)))
+    shift = vec(sum(W .* reshape(constant, 1, size(constant)..., 1); dims = (2, 3, 4)))
     shifted = bias(layer) === false && all(iszero, shift) ? false : bias(layer) .+ shift
     return rebuilt(layer, kept(weight(layer)), kept(layer.mask); bias = shifted)
 end

@@ -165,3 +165,27 @@ end
     @test length(prunables(model)) == 5
     @test sparsity(prune!(model, Taylor(), data; sparsity = 0.5)) ≈ 0.5 atol = 0.01
 end
+
+@testset "compact follows constants part by part" begin
+    rng = Xoshiro(3)
+    x = randn(rng, Float32, 6, 6, 1, 5)
+    norm(n, β) = Flux.testmode!(BatchNorm(relu, fill(Float32(β), n), ones(Float32, n), zeros(Float32, n), ones(Float32, n),
+                                          1f-5, 0.1f0, true, true, nothing, n))
+    conv(bias) = PrunableConv(Conv(randn(rng, Float32, 3, 3, 1, 4), fill(Float32(bias), 4)))
+    dense(n) = PrunableDense(randn(rng, Float32, 3, n))
+    filters(model) = size(model[1].mask, 4)
+    function without_second(parts...)
+        model = Chain(parts...)
+        model[1].mask[:, :, :, 2] .= false
+        mask!(model)
+        small = compact(model)
+        @test small(x) ≈ model(x) rtol = 1e-5
+        return small
+    end
+    pool = MeanPool((2, 2); pad = 1)
+    # 1 is padded with zeros, so that not all places are 0 after it, as the constant is
+    @test filters(without_second(conv(1), pool, norm(4, -0.6), Flux.flatten, dense(36))) == 4
+    @test filters(without_second(conv(0), pool, norm(4, 1), Flux.flatten, dense(36))) == 3
+    small = without_second(conv(1), Flux.flatten, norm(64, 0.3), dense(64))
+    @test filters(small) == 3 && small[3].chs == 48
+end
