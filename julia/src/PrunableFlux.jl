@@ -25,6 +25,7 @@ using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
 using Random: Random, AbstractRNG, Xoshiro
+using SIMD: Vec, shufflevector, vload, vstore
 
 export PrunableDense, PrunableConv, prunable, unprunable, prunables, sparsity, density, mask!
 export saliency, Magnitude, Threshold, RandomSaliency, Taylor, SNIP, GraSP, Movement, SynFlow, OBD, OBS, Wanda,
@@ -36,6 +37,7 @@ export Training, train_masked!, evaluate
 export prune!, iterative_prune!, gradual_prune!, compact
 export SET, RigL, regrow!, sparse_train!
 export sensitivity, tolerable_rates, lottery_ticket
+export sparsify
 
 include("layers.jl")
 include("conv.jl")
@@ -59,6 +61,8 @@ include("regrow.jl")
 include("compact.jl")
 include("sensitivity.jl")
 include("lottery.jl")
+include("sparse/kernels.jl")
+include("sparse/sparsify.jl")
 include("precompile.jl")
 
 end

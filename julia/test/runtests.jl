@@ -3,7 +3,7 @@ using Test
 @testset "PrunableFlux" begin
     include("networks.jl")
     @testset "$name" for name in ("layers", "selection", "saliency", "structure", "conv", "schedule", "training", "experiment",
-                                  "strategies", "device", "quality")
+                                  "strategies", "sparse", "device", "quality")
         include("$name.jl")
     end
 end
