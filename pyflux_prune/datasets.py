@@ -195,6 +195,8 @@ def arrays(
     if x_test is None or y_test is None:
         missing = "x_test" if x_test is None else "y_test"
         raise InvalidInput(f"x_test and y_test go together, but {missing} is missing")
+    if None not in (shape, test_shape := _image_shape(x_test)) and test_shape != shape:
+        raise InvalidInput(f"x_test must hold images of the shape of those in x, {shape}, not {test_shape}")
     x_test = check_inputs(_flat(x_test), x.shape[1], name="x_test")
     y_test = check_labels(y_test, len(x_test), name="y_test")
     return Dataset(name, x, y, x_test, y_test, classes=int(max(y.max(), y_test.max())) + 1, shape=shape)

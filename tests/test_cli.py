@@ -169,6 +169,9 @@ def test_crosscheck_shows_the_differences_and_exits_by_them(
         (["run", "--out", "full"], ["full", "not empty"]),
         (["run", "--resume", "full"], ["no run to resume"]),
         (["run", "--bogus"], ["--bogus"]),
+        (["run", "--network", "resnet"], ["resnet", "mlp", "lenet5", "vgg"]),
+        (["run", "--network", "lenet5"], ["lenet5", "layer 3 has windows of (5, 5)", "(6, 4, 4)"]),
+        (["run", "--network", "lenet5", "--hidden", "9"], ["--hidden is for --network mlp and vgg"]),
         (["inspect", "absent.safetensors"], ["absent.safetensors"]),
         (["inspect", "full/precious"], ["precious"]),
         (["convert", "a.onnx", "b.safetensors"], ["IN", ".safetensors or .pt", "a.onnx"]),
@@ -233,6 +236,43 @@ def test_convert_goes_to_sparse_and_pytorch_and_back(command: Command, model: fp
         assert (layer.weight == back.weight).all()
         assert (layer.mask == back.mask).all()
     assert command("convert", "model.safetensors", "bad.pt", "--sparse")[0] == 2
+
+
+@pytest.fixture
+def vgg(tmp_path: Path) -> fp.Network:
+    net = fp.vgg((4, "M", 6, "M"), (10,), input_shape=(1, 8, 8), engine="torch")
+    fp.prune(net, sparsity=0.5, structure=fp.Neurons(layerwise=True)).save(tmp_path / "vgg.safetensors")
+    return net
+
+
+def test_inspect_counts_the_places_of_a_convolution(command: Command, vgg: fp.Network) -> None:
+    code, out, _ = command("inspect", "vgg.safetensors", "--json")
+    assert code == 0
+    listed = json.loads(out)["layers"]
+    assert [layer["shape"] for layer in listed] == [list(w.shape) for w in vgg.weights]
+    kept = [int(mask.sum()) for mask in vgg.masks]
+    assert [layer["flops"] for layer in listed] == [2 * kept[0] * 64, 2 * kept[1] * 16, 2 * kept[2], 2 * kept[3]]
+    out = command("inspect", "vgg.safetensors")[1]
+    assert "4 × 1 × 3 × 3" in out
+    assert "10 × 24" in out
+
+
+def test_convert_takes_networks_of_images(command: Command, vgg: fp.Network, engine: str) -> None:
+    import torch
+
+    assert command("convert", "vgg.safetensors", "sparse.safetensors", "--sparse")[0] == 0
+    compact = command("convert", "sparse.safetensors", "small.safetensors", "--compact", "--engine", engine)
+    assert compact[0] == 0
+    small = fp.Network.load("small.safetensors", engine="torch")
+    assert [w.shape for w in small.weights] == [(2, 1, 3, 3), (3, 2, 3, 3), (5, 12), (10, 5)]
+    x = np.random.default_rng(0).random((5, 1, 8, 8), np.float32)
+    np.testing.assert_allclose(small(x), vgg(x), rtol=1e-4, atol=1e-5)
+    assert command("convert", "small.safetensors", "small.pt")[0] == 0
+    module = fp.to_torch(small)
+    module.load_state_dict(torch.load("small.pt", weights_only=True))
+    code, _, err = command("convert", "small.pt", "back.safetensors", "--activation", "relu")
+    assert code == 2
+    assert "layer 0 is a convolution, and a state dict does not tell its stride" in err
 
 
 def test_convert_can_leave_out_dead_neurons(command: Command, engine: str) -> None:
@@ -321,6 +361,40 @@ def test_help_is_there_for_every_command(command: Command) -> None:
         code, out, _ = command(name, "--help")
         assert code == 0
         assert "Usage" in out
+
+
+@pytest.mark.parametrize("hidden", [[], ["--hidden", "8,9"]])
+def test_run_prunes_networks_of_images(command: Command, engine: str, hidden: list[str]) -> None:
+    few = ["--epochs", "1", "--rounds", "1", "--engine", engine, "--out", "there", "--json"]
+    code, out, _ = command("run", "--network", "vgg", *hidden, *few)
+    assert code == 0
+    assert json.loads(out)["rounds"][0]["sparsity"] == pytest.approx(0.2, abs=1e-3)
+    net = fp.Network.load("there/model.safetensors", engine="torch")
+    dense = [w.shape[0] for w in net.weights[2:]]
+    assert dense == ([8, 9, 10] if hidden else [10])
+    assert net.input_shape == (1, 8, 8)
+    assert json.loads(command("run", "--resume", "there", "--json")[1])["engine"] == engine
+
+
+def test_lenet5_takes_the_images_of_an_npz_file(command: Command) -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    np.savez("images.npz", x=rng.normal(size=(60, 1, 12, 12)), y=y)
+    few = ["--epochs", "1", "--rounds", "1", "--engine", "torch", "--out", "there"]
+    assert command("run", "--data", "images.npz", "--network", "lenet5", *few)[0] == 0
+    net = fp.Network.load("there/model.safetensors", engine="torch")
+    assert (net.input_shape, net.outputs) == ((1, 12, 12), 3)
+    np.savez("flat.npz", x=rng.normal(size=(60, 144)), y=y)
+    for network in ("lenet5", "vgg"):
+        code, _, err = command("run", "--data", "flat.npz", "--network", network, "--engine", "torch")
+        assert code == 2
+        assert f"--network {network} needs images, x of the shape (samples, channels, height, width)" in err
+        assert "but flat has samples of 144 features" in err
+
+
+@pytest.mark.julia
+def test_crosscheck_takes_networks_of_images(command: Command) -> None:
+    assert command("crosscheck", "--network", "vgg", "--epochs", "1", "--rounds", "1")[0] == 0
 
 
 def test_npz_data(command: Command) -> None:

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,9 +239,55 @@ def test_unusable_arrays(arguments: dict[str, object], message: str) -> None:
         datasets.arrays(**{"x": x, "y": y, **arguments})
 
 
+def test_images_are_flattened_and_their_shape_remembered() -> None:
+    x, y = np.arange(96.0).reshape(4, 2, 3, 4), np.array([0, 1, 0, 1])
+    data = datasets.arrays(x, y, x[:2], y[:2])
+    assert data.shape == (2, 3, 4)
+    np.testing.assert_array_equal(data.x_train, x.reshape(4, 24))
+    assert datasets.arrays(x, y, x.reshape(4, 24), y).shape == (2, 3, 4)
+    assert datasets.arrays(x, y, test_size=2).shape == (2, 3, 4)
+    assert datasets.arrays(x[:, 0], y, test_size=2).shape == (1, 3, 4)
+    for other in (x.reshape(4, 24), x[:, 0, 0, 0], x[..., None]):
+        assert datasets.arrays(other, y, test_size=2).shape is None
+    assert datasets.arrays(x.reshape(4, 24), y, x, y).shape is None
+    with pytest.raises(InvalidInput, match=r"x_test must hold images .* x, \(2, 3, 4\), not \(3, 4, 2\)"):
+        datasets.arrays(x, y, x.reshape(4, 3, 4, 2), y)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 1, 4), r"shape must be of samples with 3 features, not \(1, 1, 4\)"),
+        ((3,), r"shape must be \(channels, height, width\), not \(3,\)"),
+        ((1, -1, -3), "each of shape must be a whole number of at least 1"),
+        ("133", "shape must be"),
+    ],
+)
+def test_a_shape_must_be_that_of_the_samples(shape: Any, message: str) -> None:
+    x, y = some()
+    assert Dataset("toy", x, y, x, y, classes=4, shape=(1, 1, 3)).shape == (1, 1, 3)
+    with pytest.raises(InvalidInput, match=message):
+        Dataset("toy", x, y, x, y, classes=4, shape=shape)
+
+
+def test_inputs_may_be_images() -> None:
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+    checked = check_inputs(x, 12, (3, 2, 2))
+    assert np.shares_memory(checked, x)
+    np.testing.assert_array_equal(checked, x.reshape(2, 12))
+    np.testing.assert_array_equal(check_inputs(x[:, :, ::-1], 12, (3, 2, 2)), x[:, :, ::-1].reshape(2, 12))
+    assert check_inputs(checked, 12, (3, 2, 2)) is checked
+    x[1, 2, 0, 1] = np.nan
+    with pytest.raises(InvalidInput, match=r"1 of its 24 values are NaN .*, the first at \(1, 9\): nan"):
+        check_inputs(x, 12, (3, 2, 2))
+    with pytest.raises(InvalidInput, match=r"\(samples, 12\) or \(samples, 3, 2, 2\), not \(2, 2, 2, 3\)"):
+        check_inputs(x.reshape(2, 2, 2, 3), 12, (3, 2, 2))
+
+
 def test_digits() -> None:
     data = datasets.digits()
     assert (data.x_train.shape, data.x_test.shape, data.classes) == ((1347, 64), (450, 64), 10)
+    assert data.shape == (1, 8, 8)
     assert (data.x_train.min(), data.x_train.max()) == (0, 1)
     assert set(np.bincount(data.y_test)) <= {43, 44, 45, 46}
     np.testing.assert_array_equal(data.x_train, datasets.digits(0).x_train)
@@ -349,6 +396,7 @@ def test_mnist(tmp_path: Path, dot: str, zipped: bool) -> None:
     assert data.x_train.dtype == np.float32
     np.testing.assert_array_equal(data.x_train, IMAGES["train"].reshape(6, 12) / np.float32(255))
     np.testing.assert_array_equal(data.x_test, IMAGES["t10k"].reshape(3, 12) / np.float32(255))
+    assert data.shape == (1, *IMAGES["train"].shape[1:])
     np.testing.assert_array_equal(data.y_train, LABELS["train"])
     np.testing.assert_array_equal(data.y_test, LABELS["t10k"])
 
@@ -546,7 +594,7 @@ def test_cifar10(tmp_path: Path, inner: str, suffix: str, parent: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = datasets.load(f"cifar10:{tmp_path if parent else folder}")
-    assert (data.name, data.classes, data.features) == ("cifar10", 10, 3072)
+    assert (data.name, data.classes, data.features, data.shape) == ("cifar10", 10, 3072, (3, 32, 32))
     train = [name for name in CIFAR if name != "test_batch"]
     pixels = np.concatenate([PIXELS[name] for name in train])
     np.testing.assert_array_equal(data.x_train, pixels / np.float32(255))
