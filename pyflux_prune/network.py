@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from .choices import (
 )
 from .datasets import Dataset, check_inputs, check_labels
 from .engines import ConvLayer, Layer, Model, Part, Pool, get_engine
-from .engines.base import Samples
+from .engines.base import Kernels, Samples
 from .engines.parts import Bool, Float, Int, input_shape
 from .errors import InvalidInput
 
@@ -134,6 +134,32 @@ class Network:
         """
         return Network(self.model.compact())
 
+    def sparsify(self, *, kernels: Kernels | Sequence[str] = "auto") -> SparseNetwork:
+        """Return the network as a function for inference whose work is proportional to the weights that are kept.
+
+        On Julia, batches are computed in panels of 64 samples by vectorised sparse kernels, on all of its threads.
+        A layer that is not sparse enough stays dense, on BLAS. The PyTorch engine uses torch's CSR matrices.
+
+        Args:
+            kernels: "auto" takes, layer by layer, what is faster on this machine; "sparse" and "dense" force it,
+                for all layers or one per layer.
+
+        Raises:
+            InvalidInput: the network has other than dense layers, or ``kernels`` is none of these.
+
+        """
+        chosen = kernels if isinstance(kernels, str) else tuple(kernels)
+        names = (chosen,) if isinstance(chosen, str) else chosen
+        known = ("auto", "sparse", "dense")
+        if not set(names) <= set(known) or (names == chosen and len(names) != len(self.layers)):
+            raise InvalidInput(
+                f"kernels must be one of {', '.join(known)}, or a list with one of these for each of the "
+                f"{len(self.layers)} layers, not {kernels!r}"
+            )
+        if not all(type(part) is Layer for part in self.parts):
+            raise InvalidInput("net must have dense layers only to be sparsified")
+        return SparseNetwork(self.model.sparsify(chosen), self.features, self.density)
+
     def save(self, path: str | PathLike[str], *, sparse: bool = False) -> None:
         """Write a safetensors model file; with ``sparse``, only the kept values and the masks' bits.
 
@@ -216,6 +242,34 @@ def prune(
     samples = None if data is None else check_samples(net, data)
     net.model.prune(saliency, None if sparsity is None else check_sparsity(sparsity), structure, samples)
     return net
+
+
+class SparseNetwork:
+    """What ``Network.sparsify`` returns: called with ``x``, it gives the network's outputs to rounding.
+
+    It is the network as it was then; masks and weights that change later do not reach it.
+    """
+
+    def __init__(self, function: Callable[[Float], Float], features: int, density: float) -> None:
+        """Wrap an engine's function."""
+        self._function, self._features, self._density = function, features, density
+
+    def __call__(self, x: object) -> Float:
+        """Return the outputs (samples, outputs) for ``x`` (samples, features), or (outputs,) for one sample.
+
+        Raises:
+            InvalidInput: ``x`` has the wrong shape, is not numeric, or holds NaN or infinity.
+
+        """
+        array = np.asarray(x)
+        if array.ndim == 1:
+            one: Float = self._function(check_inputs(array[None], self._features))[0]
+            return one
+        return self._function(check_inputs(array, self._features))
+
+    def __repr__(self) -> str:
+        """Return the density."""
+        return f"SparseNetwork(density={self._density:.3g})"
 
 
 def check_dataset(net: Network, data: Dataset) -> Samples:

@@ -114,6 +114,14 @@ end
 
 compact(model) = network(PrunableFlux.compact(model).layers...)
 
+sparsify(model, kernels) =
+    PrunableFlux.sparsify(model; kernels = kernels isa AbstractString ? Symbol(kernels) : map(Symbol, collect(kernels)))
+
+function infer!(network, y, outputs, x, features, n)
+    PrunableFlux.infer!(borrow(Float32, y, outputs, n), network, borrow(Float32, x, features, n))
+    return nothing
+end
+
 "A training run over given batches that can be left and taken up again between two steps."
 mutable struct Steps{M,O,B}
     const model::M
@@ -159,6 +167,8 @@ end
         for name in ("Magnitude", "Taylor", "SynFlow", "OBD", "Wanda")
             scores(model, choice(name), at(x), 3, at(y), 12)
         end
+        fast, out = sparsify(model, "auto"), zeros(Float32, 3, 12)
+        foreach(n -> infer!(fast, at(out), 3, at(x), 3, n), (1, 12))
         forward(model, at(x), 3, 12), score(model, at(x), 3, at(y), 12), loss_and_gradients(model, at(x), 3, at(y), 12)
     end
 end

@@ -23,6 +23,9 @@ from .parts import Float, Int, Layer, Part, prunable
 Scores = npt.NDArray[np.floating[Any]]
 """Most criteria are computed in float64."""
 
+Kernels = str | tuple[str, ...]
+"""How layers are multiplied: "auto", "sparse" or "dense", for all or one per layer."""
+
 Samples = tuple[Float, Int]
 """Inputs (samples, features) and labels (samples,)."""
 
@@ -136,6 +139,13 @@ class Model(ABC):
         is: then it is the constant σ(b), which the biases of the next layer take over (and get a bias for, if they
         have none and the constant is not 0). A filter whose constant a padded convolution or mean would mix with
         zeros stays. One neuron of each layer stays. Among the others all masks are kept.
+        """
+
+    @abstractmethod
+    def sparsify(self, kernels: Kernels) -> Callable[[Float], Float]:
+        """Return the network as a function from (samples, features) to (samples, outputs) that uses sparsity.
+
+        It is of the network as it is now. Raises InvalidInput for other than dense layers.
         """
 
 

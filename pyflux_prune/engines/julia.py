@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ..choices import Choice, Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import Diverged, EngineUnavailable, InvalidInput
-from .base import Engine, Model, Samples, Scores
+from .base import Engine, Kernels, Model, Samples, Scores
 from .parts import BatchNorm, ConvLayer, Flatten, Float, Input, Int, Layer, Part, Pool, arrays, input_shape
 
 SECONDS_PER_CALL = 0.2
@@ -288,6 +288,19 @@ class JuliaModel(Model):
         """Return a model of its own without the neurons that do nothing."""
         with _translated():
             return JuliaModel(self._like, _bridge().compact(self._model))
+
+    def sparsify(self, kernels: Kernels) -> Callable[[Float], Float]:
+        """Return a function that multiplies with what is kept only, or on BLAS where that is faster."""
+        with _translated():
+            network = _bridge().sparsify(self._model, kernels)
+        infer, outputs = getattr(_bridge(), "infer!"), len(self.layers()[-1].weight)
+
+        def fast(x: Float) -> Float:
+            y = np.empty((len(x), outputs), np.float32)
+            infer(network, _at(y), outputs, _at(x), x.shape[1], len(x))
+            return y
+
+        return fast
 
     def _sizes(self) -> Any:
         """Return the number of features, or the sizes of an image in Julia, where the first varies fastest."""

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from ...choices import Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ...errors import Diverged
-from ..base import Model, Samples, Scores
+from ..base import Kernels, Model, Samples, Scores
 from ..parts import Float, Int, Part, arrays, input_shape, prunable
 from .compact import compact
 from .double import Double
@@ -22,6 +22,7 @@ from .modules import mask_weight, prunable_modules, sequential, tensor, views
 from .pruning import prune
 from .regrow import regrown
 from .saliency import check, score
+from .sparse import sparsify
 from .training import Stepper, check_batches
 
 _TICK = 0.1
@@ -190,6 +191,10 @@ class TorchModel(Model):
     def compact(self) -> TorchModel:
         """Return a model of its own without the neurons that do nothing; its outputs are the same to rounding."""
         return TorchModel(compact(self.parts()))
+
+    def sparsify(self, kernels: Kernels) -> Callable[[Float], Float]:
+        """Return a function that multiplies with torch's sparse CSR matrices, or dense ones where asked to."""
+        return sparsify(self.layers(), kernels)
 
     @property
     def features(self) -> int:
