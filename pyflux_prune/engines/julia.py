@@ -227,8 +227,9 @@ class JuliaModel(Model):
     def load(self, parts: Sequence[Part]) -> None:
         """Copy all arrays of these parts in."""
         load = getattr(_bridge(), "load!")
-        for place, part in enumerate(part for part in parts if not isinstance(part, Input)):
-            load(self._model, place + 1, *map(_at, _arrays(_row_major(part))))
+        given = [_row_major(part) for part in parts if not isinstance(part, Input)]  # alive until they are copied
+        for place, part in enumerate(given, start=1):
+            load(self._model, place, *map(_at, _arrays(part)))
 
     def forward(self, x: Float) -> Float:
         """Return the outputs, a view of Julia's memory; those of a convolution flattened."""
