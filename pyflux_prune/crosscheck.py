@@ -55,6 +55,12 @@ without them they stay together to some 1e-6.
 CHUNK = 256
 """How many samples are looked at together for kinks."""
 
+ALIKE = 4e-4
+"""How near to its largest value, relative to that, a window of max pooling has no other.
+
+Flux gives the gradient to the first value that is equal to the largest by ``isapprox``: to 3.5e-4.
+"""
+
 TIE = 1e-12
 """How near, likewise, counts as at the kink itself: values that are equal but for the rounding of float64.
 
@@ -260,31 +266,29 @@ def _away(parts: Sequence[Part], x: Float, *, training: bool) -> Bool:
 
     from .engines.torch import sequential
 
-    away, smooth = torch.ones(len(x), dtype=torch.bool), torch.ones(len(x), 0)
+    away = torch.ones(len(x), dtype=torch.bool)
     with torch.no_grad():
         values = torch.tensor(x, dtype=torch.float64).reshape(len(x), *input_shape(parts))
         for module in sequential(parts).double().train(training):
-            if isinstance(module, nn.ReLU):
-                gaps = values.abs()
-            elif isinstance(module, nn.MaxPool2d) and module.kernel_size != (1, 1):
-                gaps = _gaps(module, values)
-            else:
-                gaps = smooth
-            largest = values.abs().max()
-            away &= ~((gaps > TIE * largest) & (gaps < KINK * largest)).flatten(1).any(1)
+            if isinstance(module, nn.ReLU | nn.MaxPool2d):
+                largest = values.abs().max()
+                gaps, near = values.abs(), KINK * largest
+                if isinstance(module, nn.MaxPool2d):
+                    windows = _windows(module, values)
+                    first = windows.amax(-1, keepdim=True)
+                    gaps, near = first - windows, torch.maximum(near, ALIKE * first.abs())
+                away &= ~((gaps > TIE * largest) & (gaps < near)).flatten(1).any(1)
             values = module(values)
     return away.numpy()
 
 
-def _gaps(pool: Any, values: Any) -> Any:
-    """Return how far the two largest values of each window of a max pooling are apart."""
+def _windows(pool: Any, values: Any) -> Any:
+    """Return the values in each window of a max pooling, (samples, channels, height, width, values)."""
     from torch.nn.functional import pad
 
     (height, width), (down, right), (above, left) = pool.kernel_size, pool.stride, pool.padding
     padded = pad(values, (left, left, above, above), value=-np.inf)
-    windows = padded.unfold(2, height, down).unfold(3, width, right).flatten(-2)
-    first, second = windows.topk(2).values.unbind(-1)
-    return first - second
+    return padded.unfold(2, height, down).unfold(3, width, right).flatten(-2)
 
 
 def _steps(n: int, plan: Plan, number: int) -> Iterator[tuple[float, Int]]:
