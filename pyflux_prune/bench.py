@@ -1,103 +1,161 @@
-"""Speed of the Julia engine side by side with PyTorch, alternating in one run."""
+"""Speed of the Julia engine side by side with what a user would otherwise take, alternating in one run."""
 
 from __future__ import annotations
 
+import functools
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 
+from . import peers
 from .architectures import mlp
-from .choices import Adam, Global, Magnitude, Sparsity
+from .choices import Global, Magnitude, Sparsity
 from .engines import get_engine
+from .errors import InvalidInput
+from .network import prune
 
-REPEATS = 5
+import torch  # isort: skip  # after peers, which says so where it is missing
+
+SECONDS = 5e-3
+"""What one measurement takes about, and the pause before it, in which the threads of others come to rest."""
+
+MAX_CALLS = 1000
+BATCHES = 20
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: the best of several alternating repeats, in milliseconds, and their ratio."""
+    """One comparison: the best of several alternating repeats, in microseconds, and their ratio."""
 
     what: str
-    julia: float
-    torch: float
+    batch: int
+    sparsity: Sparsity
+    peer: str
+    ours_us: float
+    peer_us: float
 
     @property
     def ratio(self) -> float:
-        """How many times PyTorch's time Julia takes: below 1, Julia is faster."""
-        return self.julia / self.torch
+        """The peer's time ÷ ours: above 1, ours is faster."""
+        return self.peer_us / self.ours_us
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A table of measurements and what they depend on."""
+    """A table of comparisons and what they depend on."""
 
     network: tuple[int, ...]
-    batch: int
-    sparsity: Sparsity
+    threads: int
+    repeats: int
     rows: tuple[Row, ...]
-    versions: dict[str, dict[str, Any]]
+    versions: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         return asdict(self) | {"rows": [asdict(r) | {"ratio": r.ratio} for r in self.rows]}
 
     def table(self) -> Table:
-        """Return the measurements as a table to print."""
-        julia, torch = self.versions["julia"], self.versions["torch"]
+        """Return the comparisons as a table to print."""
+        julia, torch, others = self.versions["julia"], self.versions["torch"], self.versions["peers"]
         shown = Table(
-            title=f"{'–'.join(map(str, self.network))}, batch {self.batch}, sparsity {self.sparsity}",
-            caption=f"Julia {julia['julia']}, {julia['threads']} threads, BLAS {julia['blas_threads']}\n"
-            f"PyTorch {torch['torch']}, {torch['threads']} threads",
+            title=f"{'–'.join(map(str, self.network))}, threads {self.threads}, best of {self.repeats}",
+            caption=f"{julia['processor']}\n"
+            f"PrunableFlux {julia['PrunableFlux']}, Julia {julia['julia']}, {julia['blas']}\n"
+            + ", ".join([f"PyTorch {torch['torch']} ({torch['blas']})", *(f"{n} {v}" for n, v in others.items())]),
             title_justify="left",
             caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
         )
-        for heading in ("", "Julia, ms", "PyTorch, ms", "Julia ÷ PyTorch"):
-            shown.add_column(heading, justify="right")
+        for heading in ("", "batch", "sparsity", "ours, µs", "peer", "peer, µs", "peer ÷ ours"):
+            justify: JustifyMethod = "left" if heading in ("", "peer") else "right"
+            shown.add_column(heading, justify=justify, no_wrap=True)
         for r in self.rows:
-            shown.add_row(r.what, f"{r.julia:.3f}", f"{r.torch:.3f}", f"{r.ratio:.2f}")
+            times = f"{r.ours_us:.1f}", r.peer, f"{r.peer_us:.1f}", f"{r.ratio:.2f}"
+            shown.add_row(r.what, str(r.batch), str(r.sparsity), *times)
         return shown
 
 
-def bench(sizes: Sequence[int], *, batch: int, sparsity: Sparsity, steps: int) -> Bench:
-    """Time a masked training step (Adam) and a forward pass of the same pruned network on both engines.
+def bench(
+    sizes: Sequence[int],
+    *,
+    batches: Sequence[int] = (64,),
+    sparsities: Sequence[Sparsity] = (0.9,),
+    threads: int = 1,
+    repeats: int = 20,
+    runtimes: bool = False,
+    deepsparse: str | None = None,
+) -> Bench:
+    """Time masked training steps (Adam) and inference of pruned networks, of each batch and sparsity.
 
-    PyTorch's is the reference engine, with the masks of ``torch.nn.utils.prune``.
+    Training is compared with PyTorch's fused Adam and the masks of ``torch.nn.utils.prune``. Inference,
+    ``Network.sparsify``, is compared with PyTorch's dense and CSR matrices.
+
+    Args:
+        sizes: the widths of a multilayer perceptron, inputs first.
+        batches: how many samples a step takes.
+        sparsities: to prune to, by magnitude.
+        threads: of all.
+        repeats: of each measurement; the best counts.
+        runtimes: compare inference also with those of ONNX Runtime and OpenVINO that are installed.
+        deepsparse: compare it also with the DeepSparse of this Python interpreter.
 
     Raises:
-        EngineUnavailable: one of the engines cannot be had here.
-        InvalidInput: sizes or sparsity cannot be used.
+        EngineUnavailable: one of the engines, or a peer that was asked for, cannot be had here.
+        InvalidInput: sizes or sparsity cannot be used, or Julia runs with another number of threads already.
 
     """
-    engines = {name: get_engine(name) for name in ("julia", "torch")}
-    layers = mlp(sizes, engine="torch").layers
-    rng = np.random.default_rng(0)
-    x = rng.random((batch * steps, sizes[0]), dtype=np.float32)
-    y = rng.integers(0, sizes[-1], len(x))
-    order = np.arange(len(x))
-    models = {name: engine.build(layers) for name, engine in engines.items()}
-    for model in models.values():
-        model.prune(Magnitude(), sparsity, Global())
-        model.start(Adam())
+    os.environ["PYTHON_JULIACALL_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
+    julia = get_engine("julia").versions()
+    if (julia["threads"], julia["blas_threads"]) != (threads, threads):
+        raise InvalidInput(
+            f"threads must be {julia['threads']}: Julia runs already, with {julia['threads']} threads and "
+            f"{julia['blas_threads']} of BLAS"
+        )
+    torch.set_num_threads(threads)
+    found = peers.installed() if runtimes else {}
+    versions = {"julia": julia, "torch": get_engine("torch").versions(), "peers": dict(found)}
+    rng, rows = np.random.default_rng(0), list[Row]()
+    for sparsity in sparsities:
+        net = prune(mlp(sizes, engine="julia"), Magnitude(), sparsity=sparsity, structure=Global())
+        fast = net.sparsify()
+        for batch in batches:
+            x = rng.random((batch * BATCHES, sizes[0]), dtype=np.float32)
+            y = rng.integers(0, sizes[-1], len(x))
+            training = {"PyTorch, masks": peers.torch_training(net, x, y, batch)}
+            ours: peers.Work = peers.JuliaTraining(net, x, y, batch)
+            rows += compare("training step", batch, sparsity, ours, training, repeats)
+            x = x[:batch]
+            with peers.inference(net.layers, x, threads, list(found), deepsparse) as others:
+                for name, work in others.items():
+                    np.testing.assert_allclose(work.outputs(), net(x), rtol=1e-3, atol=1e-3, err_msg=name)
+                    if isinstance(work, peers.DeepSparse):
+                        versions["peers"][name] = work.version
+                ours = peers.Calls(functools.partial(fast, x))
+                rows += compare("inference", batch, sparsity, ours, others, repeats)
+    return Bench(tuple(sizes), threads, repeats, tuple(rows), versions)
 
-    def alternate(what: str, work: Callable[[str], object]) -> Row:
-        best = dict.fromkeys(models, np.inf)
-        for repeat in range(REPEATS + 1):
-            for name in models:
-                began = time.perf_counter()
-                work(name)
-                elapsed = 1e3 * (time.perf_counter() - began) / steps
-                best[name] = min(best[name], elapsed) if repeat else np.inf
-        return Row(what, float(best["julia"]), float(best["torch"]))
 
-    batches = [x[at : at + batch] for at in range(0, len(x), batch)]
-    rows = (
-        alternate("training step", lambda name: models[name].train(x, y, order, batch)),
-        alternate("forward pass", lambda name: [models[name].forward(b) for b in batches]),
-    )
-    return Bench(
-        tuple(sizes), batch, sparsity, rows, {name: engine.versions() for name, engine in engines.items()}
-    )
+def compare(
+    what: str, batch: int, sparsity: Sparsity, ours: peers.Work, others: Mapping[str, peers.Work], repeats: int
+) -> list[Row]:
+    """Measure our work and that of each peer in turn, over and over, and return the rows of the best times."""
+    works = [ours, *others.values()]
+    calls = []
+    for work in works:
+        work.seconds(1)
+        calls.append(min(MAX_CALLS, 1 + int(SECONDS / work.seconds(3) * 3)))
+    best = [np.inf] * len(works)
+    for _ in range(repeats):
+        for i, work in enumerate(works):
+            time.sleep(SECONDS)
+            work.seconds(1)
+            best[i] = min(best[i], 1e6 * work.seconds(calls[i]) / calls[i])
+    return [Row(what, batch, sparsity, peer, best[0], us) for peer, us in zip(others, best[1:], strict=True)]

@@ -70,7 +70,7 @@ def _sparsity(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return choices.check_sparsity(numbers if len(numbers) > 1 else numbers[0], "--sparsity")
 
 
-def _hidden(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+def _widths(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
     if value is None:
         return None
     try:
@@ -78,7 +78,7 @@ def _hidden(ctx: click.Context, param: click.Parameter, value: str | None) -> li
     except ValueError:
         widths = [0]
     if any(n < 1 for n in widths):
-        raise InvalidInput(f"--hidden must be widths with commas, such as 300,100, not {value!r}")
+        raise InvalidInput(f"{param.opts[0]} must be whole numbers with commas, such as 300,100, not {value!r}")
     return widths
 
 
@@ -117,7 +117,7 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
         ),
         click.option(
             "--hidden",
-            callback=_hidden,
+            callback=_widths,
             metavar="N,N,…",
             help="Widths of the hidden dense layers.  [default: mlp 300,100; vgg none]",
         ),
@@ -370,21 +370,35 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None, co
 
 @cli.command()
 @click.option(
-    "--hidden", default="300,100", show_default=True, callback=_hidden, help="Widths of the hidden layers."
+    "--hidden", default="300,100", show_default=True, callback=_widths, help="Widths of the hidden layers."
 )
 @click.option("--features", default=784, show_default=True, type=click.IntRange(1), help="Inputs.")
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(1), help="Outputs.")
-@click.option("--batch", default=64, show_default=True, type=click.IntRange(1), help="Samples per step.")
-@click.option("--sparsity", default="0.9", show_default=True, callback=_sparsity, help="Of the pruned networks.")
-@click.option("--steps", default=200, show_default=True, type=click.IntRange(1), help="Steps per measurement.")
+@click.option("--batch", default="64", show_default=True, callback=_widths, help="Samples per step.")
+@click.option(
+    "--sparsity",
+    "sparsities",
+    multiple=True,
+    default=["0.9"],
+    show_default=True,
+    callback=lambda ctx, param, values: [_sparsity(ctx, param, value) for value in values],
+    help="Of the pruned networks; may be given several times.",
+)
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Of all that is measured.")
+@click.option("--repeats", default=20, show_default=True, type=click.IntRange(1), help="The best of these counts.")
+@click.option("--peers", "runtimes", is_flag=True, help="Add ONNX Runtime and OpenVINO, if installed.")
+@click.option("--deepsparse", metavar="PYTHON", help="Add the DeepSparse of this interpreter.")
 @_JSON
 def bench(
-    hidden: list[int], features: int, classes: int, batch: int, sparsity: Any, steps: int, as_json: bool
+    hidden: list[int], features: int, classes: int, batch: list[int], as_json: bool, **settings: Any
 ) -> None:
-    """Measure training and inference side by side with PyTorch, alternating in one run."""
+    """Measure training and inference side by side with PyTorch and others, alternating in one run.
+
+    --hidden and --batch take several numbers with commas.
+    """
     from .bench import bench as measure_speed
 
-    result = measure_speed([features, *hidden, classes], batch=batch, sparsity=sparsity, steps=steps)
+    result = measure_speed([features, *hidden, classes], batches=batch, **settings)
     _print(as_json, result.to_json(), result.table)
 
 

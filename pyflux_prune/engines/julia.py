@@ -385,5 +385,6 @@ class JuliaEngine(Engine):
                 )
             ),
             "blas_threads": int(main.LinearAlgebra.BLAS.get_num_threads()),
+            "processor": str(main.seval('"$(first(Sys.cpu_info()).model) ($(Sys.CPU_NAME))"')),
             "numpy": np.__version__,
         }

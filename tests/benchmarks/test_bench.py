@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
+
+from pyflux_prune import EngineUnavailable, mlp
+from pyflux_prune.bench import Bench, Row, compare
+from pyflux_prune.peers import Calls, DeepSparse, write_onnx
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    small = ["--hidden", "8", "--features", "4", "--classes", "3", "--repeats", "1", *arguments]
+    command = [sys.executable, "-m", "pyflux_prune", "bench", *small]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.julia
 def test_bench_prints_ratios_measured_in_one_run() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pyflux_prune",
-        "bench",
-        "--hidden",
-        "8",
-        "--features",
-        "4",
-        "--steps",
-        "3",
-    ]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+    done = bench("--batch", "1,2", "--sparsity", "0.5", "--sparsity", "0.9", "--threads", "2", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert [r["what"] for r in result["rows"]] == ["training step", "forward pass"]
-    assert all(r["ratio"] == r["julia"] / r["torch"] > 0 for r in result["rows"])
-    assert result["versions"]["julia"]["threads"] >= 1
-    assert "Julia ÷ PyTorch" in subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    rows = result["rows"]
+    peers = ["PyTorch, masks", "PyTorch, dense", "PyTorch, CSR"]
+    assert [(r["sparsity"], r["batch"], r["peer"]) for r in rows] == [
+        (sparsity, batch, peer) for sparsity in (0.5, 0.9) for batch in (1, 2) for peer in peers
+    ]
+    assert [r["what"] for r in rows[:3]] == ["training step", "inference", "inference"]
+    assert all(r["ratio"] == r["peer_us"] / r["ours_us"] > 0 for r in rows)
+    versions = result["versions"]
+    assert result["threads"] == versions["julia"]["threads"] == versions["julia"]["blas_threads"] == 2
+    assert versions["torch"]["threads"] == 2
+    assert versions["julia"]["processor"]
+
+
+@pytest.mark.julia
+def test_bench_compares_with_the_runtimes_that_are_installed() -> None:
+    pytest.importorskip("onnx")
+    runtimes = {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}
+    found = [name for name, package in runtimes.items() if importlib.util.find_spec(package)]
+    done = bench("--peers")
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("peer ÷ ours", *found))
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch", "0"], "--batch must be whole numbers"),
+        (["--sparsity", "2"], "--sparsity must be"),
+        (["--deepsparse", "no-such-python"], "no-such-python cannot be run"),
+    ],
+)
+def test_bench_says_what_is_wrong(arguments: Sequence[str], said: str) -> None:
+    if "--deepsparse" in arguments:
+        pytest.importorskip("onnx")
+    done = bench(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+def test_the_best_time_of_each_counts() -> None:
+    calls: list[str] = []
+    works = {name: Calls(lambda name=name: calls.append(name)) for name in ("ours", "peer")}  # type: ignore[misc]
+    (row,) = compare("inference", 1, 0.5, works["ours"], {"peer": works["peer"]}, 2)
+    assert (row.what, row.batch, row.sparsity, row.peer) == ("inference", 1, 0.5, "peer")
+    assert 0 < row.ours_us < 1000
+    assert set(calls) == {"ours", "peer"}
+
+
+def test_a_ratio_above_one_says_that_ours_is_faster() -> None:
+    row = Row("inference", 1, 0.5, "peer", ours_us=2.0, peer_us=3.0)
+    assert row.ratio == 1.5
+    assert Bench((4, 3), 1, 1, (row,), {}).to_json()["rows"][0]["ratio"] == 1.5
+
+
+def test_a_python_without_deepsparse_is_told(tmp_path: Path) -> None:
+    with pytest.raises(EngineUnavailable, match=r"cannot run DeepSparse \(ModuleNotFoundError"):
+        DeepSparse(sys.executable, tmp_path, np.ones((2, 4), np.float32), 1)
+
+
+def test_the_onnx_file_computes_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    net, x = mlp([4, 8, 3], engine="torch"), np.random.default_rng(0).random((2, 4), dtype=np.float32)
+    write_onnx(tmp_path / "network.onnx", net.layers, len(x))
+    (outputs,) = ReferenceEvaluator(str(tmp_path / "network.onnx")).run(None, {"x": x})
+    np.testing.assert_allclose(outputs, net(x), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,234 @@
+"""What a pruned network would otherwise be trained and run with, each set up to be as fast as it can."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import subprocess
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .choices import Adam
+from .engines import Layer
+from .engines.parts import Float, Int
+from .engines.torch import TorchEngine, sequential
+from .errors import EngineUnavailable
+from .network import Network, to_torch
+
+import torch  # isort: skip  # after the engine, which says so where it is missing
+
+
+class Work(ABC):
+    """Something to do many times over."""
+
+    @abstractmethod
+    def seconds(self, times: int) -> float:
+        """Do it so many times, and return how long that took."""
+
+
+class Calls(Work):
+    """Calls of a function in this process."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        """Take the function."""
+        self.function = function
+
+    def seconds(self, times: int) -> float:
+        """Call the function."""
+        began = time.perf_counter()
+        for _ in range(times):
+            self.function()
+        return time.perf_counter() - began
+
+    def outputs(self) -> Float:
+        """Return what the function returns."""
+        return np.asarray(self.function())
+
+
+class JuliaTraining(Work):
+    """Steps of a network on the Julia engine, batches following one another."""
+
+    def __init__(self, net: Network, x: Float, y: Int, batch: int) -> None:
+        """Begin a training run of a copy of the network."""
+        self.model, self.data, self.batch = net.copy().model, (x, y), batch
+        self.model.start(Adam())
+
+    def seconds(self, times: int) -> float:
+        """Train."""
+        order = np.resize(np.arange(len(self.data[0])), times * self.batch)
+        return Calls(lambda: self.model.train(*self.data, order, self.batch)).seconds(1)
+
+
+def torch_training(net: Network, x: Float, y: Int, batch: int) -> Calls:
+    """Steps of fused Adam on an ``nn.Sequential`` with the masks of ``torch.nn.utils.prune``."""
+    module = to_torch(net).train()
+    optimiser = torch.optim.Adam(module.parameters(), lr=Adam().eta, fused=True)
+    given = itertools.cycle(
+        [(torch.tensor(x[at : at + batch]), torch.tensor(y[at : at + batch])) for at in range(0, len(x), batch)]
+    )
+
+    def step() -> None:
+        inputs, labels = next(given)
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(module(inputs), labels).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+
+    return Calls(step)
+
+
+def torch_dense(layers: Sequence[Layer], x: Float) -> Calls:
+    """PyTorch with zeros where weights are pruned."""
+    module, inputs = sequential(layers).eval(), torch.from_numpy(x)
+    return Calls(torch.inference_mode()(lambda: module(inputs)))
+
+
+def torch_csr(layers: Sequence[Layer], x: Float) -> Calls:
+    """PyTorch with sparse matrices."""
+    function = TorchEngine().build(layers).sparsify("sparse")
+    return Calls(lambda: function(x))
+
+
+def onnx_runtime(folder: Path, x: Float, threads: int) -> Calls:
+    """ONNX Runtime with zeros where weights are pruned."""
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(folder / "network.onnx", options, providers=["CPUExecutionProvider"])
+    return Calls(lambda: session.run(None, {"x": x})[0])
+
+
+def openvino(folder: Path, x: Float, threads: int) -> Calls:
+    """OpenVINO with zeros where weights are pruned, in single precision like the others."""
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = importlib.import_module("openvino").Core()
+    request = core.compile_model(folder / "network.onnx", "CPU", options).create_infer_request()
+    return Calls(lambda: request.infer([x], share_inputs=True, share_outputs=True)[0])
+
+
+class DeepSparse(Work):
+    """DeepSparse, in a process of its own, as it needs older packages than this one."""
+
+    SCRIPT = """
+import os, sys, time
+replies = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+import numpy as np
+from deepsparse import Engine, __version__
+folder, threads = sys.argv[1:]
+x = np.load(folder + "/x.npy")
+engine = Engine(folder + "/network.onnx", len(x), int(threads))
+np.save(folder + "/y.npy", engine.run([x])[0])
+print(__version__, file=replies)
+for line in sys.stdin:
+    began = time.perf_counter()
+    for _ in range(int(line)):
+        engine.run([x], val_inp=False)
+    print(time.perf_counter() - began, file=replies)
+"""
+
+    def __init__(self, python: str, folder: Path, x: Float, threads: int) -> None:
+        """Start the process; EngineUnavailable if it cannot do that."""
+        np.save(folder / "x.npy", x)
+        quiet = os.environ | {"NM_DISABLE_ANALYTICS": "True"}
+        try:
+            self.process = subprocess.Popen(
+                [python, "-c", self.SCRIPT, folder, str(threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=quiet,
+                text=True,
+            )
+        except OSError as error:
+            raise EngineUnavailable(f"{python} cannot be run ({error.strerror})") from error
+        assert self.process.stdout is not None
+        self.version = self.process.stdout.readline().strip()
+        if not self.version:
+            _, said = self.process.communicate()
+            raise EngineUnavailable(f"{python} cannot run DeepSparse ({(said.splitlines() or ['it ended'])[-1]})")
+        self.folder = folder
+
+    def seconds(self, times: int) -> float:
+        """Have the process call its engine."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(times, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def outputs(self) -> Float:
+        """Return what the engine gave."""
+        outputs: Float = np.load(self.folder / "y.npy")
+        return outputs
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
+
+
+RUNTIMES = {"ONNX Runtime": onnx_runtime, "OpenVINO": openvino}
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of the runtimes that this Python has."""
+    packages = {name: runtime.__name__.replace("_", "") for name, runtime in RUNTIMES.items()}
+    return {name: importlib.metadata.version(p) for name, p in packages.items() if importlib.util.find_spec(p)}
+
+
+@contextlib.contextmanager
+def inference(
+    layers: Sequence[Layer], x: Float, threads: int, runtimes: Sequence[str], deepsparse: str | None
+) -> Iterator[dict[str, Calls | DeepSparse]]:
+    """Yield all that is to run a network on one batch: PyTorch, the runtimes named, and DeepSparse."""
+    works: dict[str, Calls | DeepSparse] = {
+        "PyTorch, dense": torch_dense(layers, x),
+        "PyTorch, CSR": torch_csr(layers, x),
+    }
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        if runtimes or deepsparse:
+            write_onnx(Path(name, "network.onnx"), layers, len(x))
+        works |= {runtime: RUNTIMES[runtime](Path(name), x, threads) for runtime in runtimes}
+        if deepsparse:
+            works["DeepSparse"] = engine = DeepSparse(deepsparse, Path(name), x, threads)
+            stack.callback(engine.close)
+        yield works
+
+
+def write_onnx(path: Path, layers: Sequence[Layer], batch: int) -> None:
+    """Write dense layers with ReLU between them as an ONNX file; EngineUnavailable without the package onnx."""
+    try:
+        onnx = importlib.import_module("onnx")
+    except ImportError as error:
+        raise EngineUnavailable(f"onnx cannot be imported ({error}): pip install onnx") from error
+    made, arrays, nodes, values = onnx.helper, onnx.numpy_helper, [], "x"
+    constants = []
+    for i, layer in enumerate(layers):
+        bias = np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias
+        for kind, array in (("weight", layer.weight), ("bias", bias)):
+            constants.append(arrays.from_array(np.ascontiguousarray(array), f"{i}.{kind}"))
+        nodes.append(made.make_node("Gemm", [values, f"{i}.weight", f"{i}.bias"], [f"{i}"], transB=1))
+        values = f"{i}"
+        if layer.activation == "relu":
+            nodes.append(made.make_node("Relu", [values], [f"{i}.relu"]))
+            values = f"{i}.relu"
+    inputs, outputs = (
+        made.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, width])
+        for name, width in (("x", layers[0].weight.shape[1]), (values, len(layers[-1].weight)))
+    )
+    graph = made.make_graph(nodes, "network", [inputs], [outputs], constants)
+    # The newest versions that DeepSparse 1.8 reads.
+    model = made.make_model(graph, opset_imports=[made.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, str(path))
