@@ -86,7 +86,7 @@ def mask_weight(module: PrunableModule, mask: Bool) -> None:
 
     From then on ``weight`` is ``weight_orig``, a parameter, times ``weight_mask``, a float32 buffer.
     """
-    prune.custom_from_mask(module, "weight", torch.tensor(mask))  # type: ignore[no-untyped-call]
+    prune.custom_from_mask(module, "weight", torch.tensor(mask.copy()))  # type: ignore[no-untyped-call]
 
 
 def views(parts: Sequence[Part], module: nn.Sequential) -> list[Part]:
@@ -110,4 +110,4 @@ def tensor(array: npt.NDArray[Any]) -> Tensor:
     """Return a tensor on the array's memory, which nothing here writes to: torch's warning does not apply."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        return torch.from_numpy(array if min(array.strides, default=0) >= 0 else array.copy())
