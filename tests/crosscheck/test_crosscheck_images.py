@@ -22,7 +22,7 @@ def digits() -> Dataset:
     """A few of the digits, 8 × 8."""
     data = fp.datasets.digits()
     x, y = data.x_train[:240].reshape(240, 1, 8, 8), data.y_train[:240]
-    return fp.datasets.arrays(x, y, data.x_test[:60], data.y_test[:60], name="few digits")
+    return fp.datasets.arrays(x, y, data.x_test[:300], data.y_test[:300], name="few digits")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_both_engines_agree_on_lenet5(large_digits: Dataset, saliency: fp.Taylor
         saliency=saliency,
         structure=structure,
         schedule=[0.5, 0.8],
-        training=fp.Training(epochs=2),
+        training=fp.Training(epochs=1),
     )
     assert result.ok, [d for d in result.differences if not d.ok]
 
