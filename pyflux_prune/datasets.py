@@ -44,6 +44,19 @@ def check_inputs(x: object, features: int | None = None, shape: tuple[int, ...] 
         InvalidInput: ``x`` is anything else, or not finite once it is float32.
 
     """
+    array = as_inputs(x, features, shape, name)
+    finite = np.isfinite(array)
+    if not finite.all():
+        first = tuple(map(int, np.unravel_index(finite.argmin(), finite.shape)))
+        raise InvalidInput(
+            f"{name} must be finite, but {np.count_nonzero(~finite)} of its {array.size} values are NaN or Inf "
+            f"as float32, the first at {first}: {np.asarray(x).reshape(array.shape)[first]}"
+        )
+    return array
+
+
+def as_inputs(x: object, features: int | None = None, shape: tuple[int, ...] = (), name: str = "x") -> Float:
+    """Return ``x`` as ``check_inputs`` does, without a look at its values."""
     if not isinstance(x, np.ndarray):
         raise InvalidInput(f"{name} must be a NumPy array, not {type(x).__name__}")
     if x.dtype.kind not in "fiub":
@@ -56,15 +69,7 @@ def check_inputs(x: object, features: int | None = None, shape: tuple[int, ...] 
         raise InvalidInput(f"{name} must not be empty, but has the shape {x.shape}")
     columns: npt.NDArray[Any] = _flat(x) if images else x
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(columns, dtype=np.float32)
-    finite = np.isfinite(array)
-    if not finite.all():
-        first = tuple(map(int, np.unravel_index(finite.argmin(), finite.shape)))
-        raise InvalidInput(
-            f"{name} must be finite, but {np.count_nonzero(~finite)} of its {columns.size} values are NaN or Inf "
-            f"as float32, the first at {first}: {columns[first]}"
-        )
-    return array
+        return np.ascontiguousarray(columns, dtype=np.float32)
 
 
 def check_labels(y: object, n: int, classes: int | None = None, name: str = "y") -> Int:

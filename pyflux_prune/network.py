@@ -21,7 +21,7 @@ from .choices import (
     check_match,
     check_sparsity,
 )
-from .datasets import Dataset, check_inputs, check_labels
+from .datasets import Dataset, as_inputs, check_inputs, check_labels
 from .engines import ConvLayer, Layer, Model, Part, Pool, get_engine
 from .engines.base import Kernels, Samples
 from .engines.parts import Bool, Float, Int, input_shape
@@ -138,7 +138,7 @@ class Network:
         """Return the network as a function for inference whose work is proportional to the weights that are kept.
 
         On Julia, batches are computed in panels of 64 samples by vectorised sparse kernels, on all of its threads.
-        A layer that is not sparse enough stays dense, on BLAS. The PyTorch engine uses torch's CSR matrices.
+        A layer that is not sparse enough stays dense. The PyTorch engine uses torch's CSR matrices.
 
         Args:
             kernels: "auto" takes, layer by layer, what is faster on this machine; "sparse" and "dense" force it,
@@ -250,8 +250,8 @@ class SparseNetwork:
     It is the network as it was then; masks and weights that change later do not reach it.
     """
 
-    def __init__(self, function: Callable[[Float], Float], features: int, density: float) -> None:
-        """Wrap an engine's function."""
+    def __init__(self, function: Callable[[Float], tuple[Float, bool]], features: int, density: float) -> None:
+        """Wrap an engine's function, which also tells whether all inputs were finite."""
         self._function, self._features, self._density = function, features, density
 
     def __call__(self, x: object) -> Float:
@@ -262,10 +262,12 @@ class SparseNetwork:
 
         """
         array = np.asarray(x)
-        if array.ndim == 1:
-            one: Float = self._function(check_inputs(array[None], self._features))[0]
-            return one
-        return self._function(check_inputs(array, self._features))
+        samples = array[None] if array.ndim == 1 else array
+        outputs, finite = self._function(as_inputs(samples, self._features))
+        if not finite:
+            check_inputs(samples, self._features)
+        one: Float = outputs[0]
+        return one if array.ndim == 1 else outputs
 
     def __repr__(self) -> str:
         """Return the density."""

@@ -24,6 +24,7 @@ def test_outputs_are_those_of_the_network(engine: str, activation: str, kernels:
     np.testing.assert_allclose(fast(x[0]), net(x[0]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::pyflux_prune.LayerCollapse")
 @given(n=st.integers(1, 200), features=st.integers(1, 40), sparsity=st.floats(0, 0.99))
 def test_any_shape(n: int, features: int, sparsity: float) -> None:
     net = fp.prune(fp.mlp([features, 17, 3], engine="torch"), fp.RandomSaliency(), sparsity=sparsity)
@@ -51,6 +52,22 @@ def test_bad_inputs(engine: str) -> None:
     for x in (np.ones((2, 19)), np.full((2, 20), np.nan), np.ones((2, 2, 10)), "x"):
         with pytest.raises(fp.InvalidInput, match="x must"):
             fast(x)
+
+
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+@pytest.mark.parametrize("n", [1, 16, 67])
+def test_what_is_not_finite_is_found(engine: str, kernels: str, n: int) -> None:
+    fast = pruned(engine, sizes=(203, 40, 5)).sparsify(kernels=kernels)
+    x = np.full((n, 203), 1e38, np.float32)
+    fast(x)
+    for sample, feature in ((0, 0), (n - 1, 202), (n // 2, 170), (n - 1, 0), (0, 202)):
+        for value in (np.nan, np.inf, -np.inf):
+            bad = x.copy()
+            bad[sample, feature] = value
+            with pytest.raises(
+                fp.InvalidInput, match=rf"1 of its {x.size} values .* the first at \({sample}, {feature}\)"
+            ):
+                fast(bad)
 
 
 def test_dense_layers_only(engine: str) -> None:

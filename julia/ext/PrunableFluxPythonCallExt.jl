@@ -117,10 +117,8 @@ compact(model) = network(PrunableFlux.compact(model).layers...)
 sparsify(model, kernels) =
     PrunableFlux.sparsify(model; kernels = kernels isa AbstractString ? Symbol(kernels) : map(Symbol, collect(kernels)))
 
-function infer!(network, y, outputs, x, features, n)
+infer!(network, y, outputs, x, features, n) =
     PrunableFlux.infer!(borrow(Float32, y, outputs, n), network, borrow(Float32, x, features, n))
-    return nothing
-end
 
 "A training run over given batches that can be left and taken up again between two steps."
 mutable struct Steps{M,O,B}

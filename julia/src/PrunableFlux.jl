@@ -19,6 +19,7 @@ using ChainRulesCore: ChainRulesCore, NoTangent, ProjectTo, @thunk, unthunk
 using Flux: Flux, Adam, BatchNorm, Chain, Conv, DataLoader, Dense, glorot_uniform, logitcrossentropy, onecold, onehotbatch
 using ForwardDiff: Dual, ForwardDiff, partials
 using Functors: children, fmap, isleaf
+using Base.BinaryPlatforms: CPUID
 using LinearAlgebra: I, Symmetric, cholesky, diag, issuccess, mul!, tr
 using MLUtils: MLUtils, numobs
 using NNlib: NNlib

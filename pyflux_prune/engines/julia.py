@@ -290,16 +290,15 @@ class JuliaModel(Model):
         with _translated():
             return JuliaModel(self._like, _bridge().compact(self._model))
 
-    def sparsify(self, kernels: Kernels) -> Callable[[Float], Float]:
+    def sparsify(self, kernels: Kernels) -> Callable[[Float], tuple[Float, bool]]:
         """Return a function that multiplies with what is kept only, or on BLAS where that is faster."""
         with _translated():
             network = _bridge().sparsify(self._model, kernels)
         infer, outputs = getattr(_bridge(), "infer!"), len(self.layers()[-1].weight)
 
-        def fast(x: Float) -> Float:
+        def fast(x: Float) -> tuple[Float, bool]:
             y = np.empty((len(x), outputs), np.float32)
-            infer(network, _at(y), outputs, _at(x), x.shape[1], len(x))
-            return y
+            return y, infer(network, _at(y), outputs, _at(x), x.shape[1], len(x))
 
         return fast
 

@@ -6,7 +6,10 @@ const Lane = Vec{LANES,Float32}
 const MAX_VECTORS = 4
 
 "Inputs whose values of a panel stay in the fastest cache while the weights of all outputs pass over them."
-const BLOCK = 128
+const BLOCK = 160
+
+"Outputs that a dense layer computes at once, as many as registers hold: 24 vectors of AVX-512's 32."
+const GROUP = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 6 : 1
 
 """
     SparseKernel(W, mask, bias, relu)
@@ -53,25 +56,51 @@ function SparseKernel(W, mask, bias, relu)
     return SparseKernel(inputs, outputs, relu, bias, blocks, rows, counts, columns, values, pointers, indices, weights)
 end
 
-"All weights of a layer, multiplied by BLAS."
+"All weights of a layer: `packed`, GROUP outputs side by side, for panels, and as BLAS takes them for single samples."
 struct DenseKernel
     inputs::Int
     outputs::Int
     relu::Bool
     bias::Vector{Float32}
+    packed::Array{Float32,3} # (GROUP, inputs, groups)
     W::Matrix{Float32}
 end
 
-DenseKernel(W, bias, relu) = DenseKernel(size(W, 2), size(W, 1), relu, bias, W)
+function DenseKernel(W, bias, relu)
+    outputs, inputs = size(W)
+    padded = zeros(Float32, cld(outputs, GROUP) * GROUP, inputs)
+    padded[1:outputs, :] = W
+    return DenseKernel(inputs, outputs, relu, bias, permutedims(reshape(padded, GROUP, :, inputs), (1, 3, 2)), W)
+end
+
+"""
+Samples as they were given, column-major (features, samples). A sparse kernel takes them block by block of features,
+transposed into `block`, which so stays in the fastest cache.
+"""
+mutable struct Rows
+    const from::Ptr{Float32}
+    const features::Int
+    const samples::Int
+    const block::Ptr{Float32}
+    finite::Bool
+end
+
+block(x::Matrix, b, ::Val{V}) where {V} = pointer(x) + (b - 1) * BLOCK * V * sizeof(Lane)
+
+function block(x::Rows, b, ::Val{V}) where {V}
+    start = (b - 1) * BLOCK
+    x.finite &= transpose_into!(x.block, V * LANES, x.from + start * sizeof(Float32), x.features,
+                                min(BLOCK, x.features - start), x.samples)
+    return x.block
+end
 
 "`y = W * x .+ bias` and the fused activation for panels of V vectors: `x` is (samples, inputs), `y` (samples, outputs)."
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::SparseKernel, ::Val{V}) where {V}
+function multiply!(y::Matrix{Float32}, x::Union{Matrix{Float32},Rows}, kernel::SparseKernel, ::Val{V}) where {V}
     GC.@preserve x y kernel begin
         columns, values = pointer(kernel.columns), pointer(kernel.values)
         n = length(kernel.blocks) - 1
         for b in 1:n
-            input = pointer(x) + (b - 1) * BLOCK * V * sizeof(Lane)
-            columns, values = multiply_block!(pointer(y), input, kernel, b, n, columns, values, Val(V))
+            columns, values = multiply_block!(pointer(y), block(x, b, Val(V)), kernel, b, n, columns, values, Val(V))
         end
     end
     return y
@@ -92,15 +121,26 @@ function multiply_block!(y, x, kernel, b, n, columns, values, ::Val{V}) where {V
     return columns, values
 end
 
+# In pairs, so that two weights and two columns take one load each: loads, of which a product needs as many as it has
+# vectors, are what limits the kernel.
 @inline function add_products(sums, x, columns, values, count, ::Val{V}) where {V}
-    for k in 1:count
-        w = Lane(unsafe_load(values, k))
-        input = x + (unsafe_load(columns, k) % Int) * V * sizeof(Lane)
-        sums = add_product(sums, w, input, Val(V))
+    k = 0
+    while k < count - 1
+        pair = vload(Vec{2,Float32}, values + k * sizeof(Float32))
+        both = unsafe_load(Ptr{UInt16}(columns + k)) % UInt32
+        first, second = ENDIAN_BOM == 0x04030201 ? (both & 0xff, both >> 8) : (both >> 8, both & 0xff)
+        sums = add_product(sums, splat(pair, Val(0)), x + first * V * sizeof(Lane), Val(V))
+        sums = add_product(sums, splat(pair, Val(1)), x + second * V * sizeof(Lane), Val(V))
+        k += 2
+    end
+    if k < count
+        input = x + unsafe_load(columns, k + 1) * V * sizeof(Lane)
+        sums = add_product(sums, Lane(unsafe_load(values, k + 1)), input, Val(V))
     end
     return sums
 end
 
+@inline splat(vector, ::Val{i}) where {i} = shufflevector(vector, Val(ntuple(Returns(i), Val(LANES))))
 @inline add_product(sums, w, x, ::Val{V}) where {V} =
     ntuple(v -> muladd(w, vload(Lane, x + (v - 1) * sizeof(Lane)), sums[v]), Val(V))
 @inline load(p, ::Val{V}, stride = sizeof(Lane)) where {V} = ntuple(v -> vload(Lane, p + (v - 1) * stride), Val(V))
@@ -108,17 +148,29 @@ end
     ntuple(v -> (vstore(vectors[v], p + (v - 1) * stride); nothing), Val(V))
 
 function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::DenseKernel, ::Val{V}) where {V}
-    samples = V * LANES
-    GC.@preserve x y mul!(unsafe_wrap(Array, pointer(y), (samples, kernel.outputs)),
-                          unsafe_wrap(Array, pointer(x), (samples, kernel.inputs)), kernel.W')
-    at = pointer(y)
-    GC.@preserve y for b in kernel.bias
-        sums = map(s -> s + b, load(at, Val(V)))
-        store!(at, kernel.relu ? map(s -> max(s, zero(s)), sums) : sums, Val(V))
-        at += V * sizeof(Lane)
+    (; inputs, outputs, bias, relu) = kernel
+    GC.@preserve x y kernel for group in 0:(cld(outputs, GROUP) - 1)
+        weights = pointer(kernel.packed) + group * GROUP * inputs * sizeof(Float32)
+        sums = add_rows(pointer(x), weights, inputs, Val(V))
+        for i in 1:min(GROUP, outputs - group * GROUP)
+            b = bias[group * GROUP + i]
+            row = map(s -> relu ? max(s + b, zero(s)) : s + b, sums[i])
+            store!(pointer(y) + (group * GROUP + i - 1) * V * sizeof(Lane), row, Val(V))
+        end
     end
     return y
 end
+
+@inline function add_rows(x, weights, inputs, ::Val{V}) where {V}
+    sums = ntuple(_ -> ntuple(_ -> zero(Lane), Val(V)), Val(GROUP))
+    for k in 0:(inputs - 1)
+        sums = add_row(sums, load(x + k * V * sizeof(Lane), Val(V)), weights + k * GROUP * sizeof(Float32))
+    end
+    return sums
+end
+
+@inline add_row(sums, input, weights) =
+    ntuple(i -> (w = Lane(unsafe_load(weights, i)); map((s, x) -> muladd(w, x, s), sums[i], input)), Val(GROUP))
 
 "The same for one sample."
 function multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::SparseKernel)
@@ -151,31 +203,44 @@ function multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::DenseKernel)
 end
 
 """
-    transpose_into!(to, to_stride, from, from_stride, rows, columns)
+    transpose_into!(to, to_stride, from, from_stride, rows, columns) -> Bool
 
 Write the transpose of the column-major (rows, columns) matrix at the pointer `from` to `to`; strides are the distances
-between columns. Tiles of LANES × LANES are transposed in registers.
+between columns. Returns whether all values are finite.
 """
 function transpose_into!(to, to_stride, from, from_stride, rows, columns)
-    tiled_rows, tiled_columns = rows - rows % LANES, columns - columns % LANES
-    for j in 0:LANES:(tiled_columns - 1), i in 0:LANES:(tiled_rows - 1)
-        tile = load(from + 4 * (i + j * from_stride), Val(LANES), 4 * from_stride)
-        store!(to + 4 * (j + i * to_stride), transposed(tile), Val(LANES), 4 * to_stride)
+    tiled_rows, tiled_columns = rows - rows % 4, columns - columns % LANES
+    zeros, one_by_one = zero(Lane), 0.0f0 # NaN once a value was not finite
+    for j in 0:LANES:(tiled_columns - 1), i in 0:4:(tiled_rows - 1)
+        tile = tile_of_rows(from + 4 * (i + j * from_stride), 4 * from_stride)
+        zeros = sum_of_zeros(zeros, tile)
+        store!(to + 4 * (j + i * to_stride), tile, Val(4), 4 * to_stride)
     end
     for j in 0:(columns - 1), i in (j < tiled_columns ? tiled_rows : 0):(rows - 1)
-        unsafe_store!(to + 4 * (j + i * to_stride), unsafe_load(from + 4 * (i + j * from_stride)))
+        value = unsafe_load(from + 4 * (i + j * from_stride))
+        one_by_one = muladd(value, 0.0f0, one_by_one)
+        unsafe_store!(to + 4 * (j + i * to_stride), value)
     end
-    return nothing
+    return sum(zeros) + one_by_one == 0
 end
 
-@inline transposed(tile) = exchanged(exchanged(exchanged(exchanged(tile, Val(8)), Val(4)), Val(2)), Val(1))
+@inline sum_of_zeros(zeros, (a, b, c, d)) =
+    zeros + (muladd(a, zero(a), b * zero(a)) + muladd(c, zero(a), d * zero(a)))
 
-"Exchange the off-diagonal quarters of all squares of twice `width` × `width`."
-@generated function exchanged(tile::NTuple{LANES,Lane}, ::Val{width}) where {width}
-    lanes = 0:(LANES - 1)
-    low = Tuple(l & width == 0 ? l : l - width + LANES for l in lanes)
-    high = Tuple(l & width == 0 ? l + width : l + LANES for l in lanes)
-    rows = [k & width == 0 ? :(shufflevector(tile[$(k + 1)], tile[$(k + 1 + width)], Val($low))) :
-            :(shufflevector(tile[$(k + 1 - width)], tile[$(k + 1)], Val($high))) for k in lanes]
-    return :(tuple($(rows...)))
+"""
+Four rows of LANES columns, from columns of four values each: column 4i + k goes to the i-th quarter of the k-th vector,
+where loads can put it, so that what is left are transpositions of 4 × 4 within each quarter.
+"""
+@inline function tile_of_rows(p, stride)
+    ab = interleaved(quarters(p, 4stride), quarters(p + stride, 4stride))
+    cd = interleaved(quarters(p + 2stride, 4stride), quarters(p + 3stride, 4stride))
+    return (quarterwise(ab[1], cd[1], Val((0, 1, 16, 17))), quarterwise(ab[1], cd[1], Val((2, 3, 18, 19))),
+            quarterwise(ab[2], cd[2], Val((0, 1, 16, 17))), quarterwise(ab[2], cd[2], Val((2, 3, 18, 19))))
 end
+
+@inline quarters(p, stride) = joined(joined(quarter(p), quarter(p + stride)), joined(quarter(p + 2stride), quarter(p + 3stride)))
+@inline quarter(p) = vload(Vec{4,Float32}, p)
+@inline joined(a::Vec{N}, b::Vec{N}) where {N} = shufflevector(a, b, Val(ntuple(i -> i - 1, Val(2N))))
+@inline interleaved(a, b) = quarterwise(a, b, Val((0, 16, 1, 17))), quarterwise(a, b, Val((2, 18, 3, 19)))
+@inline quarterwise(a, b, ::Val{lanes}) where {lanes} =
+    shufflevector(a, b, Val(ntuple(i -> lanes[(i - 1) % 4 + 1] + 4 * ((i - 1) ÷ 4), Val(LANES))))

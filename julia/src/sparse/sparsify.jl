@@ -23,8 +23,9 @@ The network as a function whose work is proportional to the weights that are kep
 rounding, `(outputs, n)` for inputs `(features, n)`, in `Float32`. For a `Chain` of prunable layers without convolutions, in test
 mode; later changes of `model` do not reach it. It uses the threads that Julia was started with, for batches.
 
-A layer that is not sparse enough stays dense, on BLAS. With `:auto` both kernels are timed on random inputs, for batches and for
+A layer that is not sparse enough stays dense. With `:auto` both kernels are timed on random inputs, for batches and for
 single samples, and the faster is taken; `:sparse` and `:dense`, for the network or one per layer, force the choice.
+Inputs must be finite.
 
 Throws `ArgumentError` for other models and other `kernels`.
 
@@ -82,28 +83,33 @@ nonzeros(kernel::DenseKernel) = count(!iszero, kernel.W)
 inputs(net::SparseNetwork) = first(net.layers).panels.inputs
 outputs(net::SparseNetwork) = last(net.layers).panels.outputs
 
-(net::SparseNetwork)(x::AbstractVector) = infer!(Vector{Float32}(undef, outputs(net)), net, convert(Vector{Float32}, x))
-(net::SparseNetwork)(x::AbstractMatrix) =
-    infer!(Matrix{Float32}(undef, outputs(net), size(x, 2)), net, convert(Matrix{Float32}, x))
+(net::SparseNetwork)(x::AbstractVector) = vec(net(reshape(x, :, 1)))
+function (net::SparseNetwork)(x::AbstractMatrix)
+    y = Matrix{Float32}(undef, outputs(net), size(x, 2))
+    infer!(y, net, convert(Matrix{Float32}, x))
+    return y
+end
 (net::SparseNetwork)(x::AbstractArray) = net(reshape(x, :, size(x, ndims(x))))
 
-"Write the network's outputs for `x` to `y`."
+"Write the network's outputs for `x` to `y`, and return whether all of `x` is finite."
 function infer!(y, net, x)
     size(x, 1) == inputs(net) || throw(DimensionMismatch("x must have $(inputs(net)) features, not $(size(x, 1))"))
     n = size(x, 2)
     n == 1 && return with_scratch(buffers -> infer_one!(y, net, x, vec.(buffers)...), net)
-    width = LANES * clamp(cld(n, LANES * Threads.nthreads()), 1, MAX_VECTORS)
-    panels = Iterators.partition(1:n, width)
-    infer_part!(part) = with_scratch(net) do buffers
-        foreach(samples -> infer_panel!(y, net, x, samples, buffers..., width), part)
+    threads = Threads.nthreads()
+    width = LANES * clamp(cld(n, LANES * threads), 1, MAX_VECTORS)
+    part = max(cld(cld(n, width), threads), 1) * width
+    tasks = [Threads.@spawn infer_panels!(y, net, x, samples, width) for samples in Iterators.partition((part + 1):n, part)]
+    finite = infer_panels!(y, net, x, 1:min(part, n), width)
+    return mapreduce(fetch, &, tasks; init = finite)
+end
+
+infer_panels!(y, net, x, samples, width) = with_scratch(net) do buffers
+    finite = true
+    for panel in Iterators.partition(samples, width)
+        finite &= infer_panel!(y, net, x, panel, buffers..., width)
     end
-    if length(panels) == 1 || Threads.nthreads() == 1 || any(layer -> layer.panels isa DenseKernel, net.layers)
-        infer_part!(panels) # BLAS has threads of its own
-    else
-        parts = Iterators.partition(collect(panels), cld(length(panels), Threads.nthreads()))
-        foreach(wait, [Threads.@spawn infer_part!(part) for part in parts])
-    end
-    return y
+    return finite
 end
 
 function with_scratch(f, net)
@@ -117,14 +123,17 @@ end
 
 function infer_panel!(y, net, x, samples, one, other, width)
     n, m = inputs(net), outputs(net)
-    GC.@preserve x one transpose_into!(pointer(one), width, pointer(x, (first(samples) - 1) * n + 1), n, n, length(samples))
-    for layer in net.layers
-        multiply_panel!(other, one, layer.panels, width)
+    given = GC.@preserve x one Rows(pointer(x, (first(samples) - 1) * n + 1), n, length(samples), pointer(one), true)
+    GC.@preserve x one for (i, layer) in enumerate(net.layers)
+        input = i > 1 || !(layer.panels isa SparseKernel) ? one : given
+        i == 1 && input === one &&
+            (given.finite = transpose_into!(pointer(one), width, given.from, n, n, length(samples)))
+        multiply_panel!(other, input, layer.panels, width)
         isnothing(layer.σ) || activate!(layer.σ, other, width * layer.panels.outputs)
         one, other = other, one
     end
     GC.@preserve y one transpose_into!(pointer(y, (first(samples) - 1) * m + 1), m, pointer(one), width, length(samples), m)
-    return nothing
+    return given.finite
 end
 
 multiply_panel!(y, x, kernel, width) =
@@ -138,7 +147,8 @@ function infer_one!(y, net, x, one, other)
         isnothing(layer.σ) || activate!(layer.σ, other, layer.single.outputs)
         one, other = other, one
     end
-    return copyto!(y, 1, one, 1, length(y))
+    copyto!(y, 1, one, 1, length(y))
+    return iszero(sum(value -> 0 * value, x))
 end
 
 function activate!(σ, values, n)

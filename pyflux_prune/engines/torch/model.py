@@ -192,7 +192,7 @@ class TorchModel(Model):
         """Return a model of its own without the neurons that do nothing; its outputs are the same to rounding."""
         return TorchModel(compact(self.parts()))
 
-    def sparsify(self, kernels: Kernels) -> Callable[[Float], Float]:
+    def sparsify(self, kernels: Kernels) -> Callable[[Float], tuple[Float, bool]]:
         """Return a function that multiplies with torch's sparse CSR matrices, or dense ones where asked to."""
         return sparsify(self.layers(), kernels)
 
