@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import hypothesis
 import pytest
 
 import pyflux_prune as fp
 from pyflux_prune.engines import get_engine, julia
+
+# An example that compiles, or the first that imports torch, takes as long as it takes.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT.parent / "shared" / "data" / "mnist10k"
