@@ -30,6 +30,19 @@ def why_no_julia() -> str | None:
     return None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        import torch
+
+        # More threads than cores would wait for each other. Not by an environment variable: the processes that
+        # tests start would inherit it, and some of them test the number of threads.
+        torch.set_num_threads(1)
+    elif getattr(config.option, "numprocesses", None):
+        # At its first start Julia compiles its packages, which workers must not do at the same time. It starts
+        # in a process of its own, as this one has no use for it.
+        subprocess.run([sys.executable, "-m", "pyflux_prune", "doctor"], stdout=subprocess.DEVNULL)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("julia") and (reason := why_no_julia()):
         if os.environ.get("PYFLUX_PRUNE_REQUIRE_JULIA") == "1":

@@ -44,7 +44,9 @@ def test_the_commands_are_the_ones_that_are_tested() -> None:
     """.ci/run runs both in fresh environments; here, that they mean what they say."""
     install_and_run, install_and_test = (b.strip() for b in blocks("bash"))
     assert install_and_run == "python -m pip install -c tests/constraints.txt . && pyflux-prune run"
-    assert install_and_test == ('python -m pip install -c tests/constraints.txt -e ".[test]" && python -m pytest')
+    install, test = install_and_test.split(" && ")
+    assert install == 'python -m pip install -c tests/constraints.txt -e ".[test]"'
+    assert test == "python -m pytest -n 2 --dist loadfile"
     assert (ROOT / "tests" / "constraints.txt").is_file()
 
 
