@@ -64,6 +64,7 @@ include("sensitivity.jl")
 include("lottery.jl")
 include("sparse/kernels.jl")
 include("sparse/sparsify.jl")
+include("sparse/training.jl")
 include("precompile.jl")
 
 end

@@ -1,5 +1,5 @@
 using Flux, PrunableFlux, Random, Test
-using PrunableFlux: DenseKernel, SparseKernel
+using PrunableFlux: DenseKernel, SparseKernel, SparseProducts, SparseTrainer, step!, trainer
 
 relative(a, b) = maximum(abs, a .- b; init = 0) / max(maximum(abs, b; init = 0), 1)
 
@@ -39,4 +39,44 @@ end
     @test_throws ArgumentError sparsify(Chain(relu))
     empty = sparsify(mask!(Chain(PrunableDense(Dense(randn(rng, Float32, 3, 4), ones(Float32, 3)), falses(3, 4)))))
     @test empty(randn(rng, Float32, 4, 2)) == ones(3, 2)
+end
+
+@testset "training on kept weights is training: trial $trial" for trial in 1:30
+    rng = Xoshiro(trial)
+    widths = [rand(rng, (1, 3, 17, 64, 200), rand(rng, 1:3)); 4]
+    model = mlp(rng, rand(rng, (5, 30, 170)), widths...; σ = rand(rng, (relu, tanh, sigmoid, identity)))
+    trial % 3 == 0 && (model = Chain(PrunableDense(Dense(randn(rng, Float32, 8, size(model[1], 2)), false)),
+                                     PrunableDense(Dense(randn(rng, Float32, size(model[1], 2), 8))), model.layers...))
+    foreach(layer -> layer.dense.weight ./= sqrt(size(layer.mask, 2)), model)
+    prune!(model, RandomSaliency(seed = trial); sparsity = rand(rng, (0.55, 0.9, 0.97)), structure = Global(min_kept = 1))
+    rule = rand(rng, (Descent(0.1f0), Momentum(0.1f0)))
+    theirs, ours = deepcopy(model), deepcopy(model)
+    their_opt, our_opt = Flux.setup(rule, theirs), Flux.setup(rule, ours)
+    fast = trainer(ours)
+    @test fast isa SparseTrainer
+    for n in (2, 16, 33, 64, 65, 200, 10)
+        x, y = randn(rng, Float32, size(first(model), 2), n), Flux.onehotbatch(rand(rng, 1:4, n), 1:4)
+        @test step!(Flux.logitcrossentropy, fast, our_opt, x, y) ≈ step!(Flux.logitcrossentropy, theirs, their_opt, x, y)
+        for (a, b) in zip(ours, theirs)
+            @test relative(a.dense.weight, b.dense.weight) < 1e-5 && iszero(a.dense.weight[.!a.mask])
+            a.dense.bias === false || @test relative(a.dense.bias, b.dense.bias) < 1e-5
+        end
+    end
+end
+
+@testset "what is trained on kept weights" begin
+    rng = Xoshiro(2)
+    model = prune!(mlp(rng, 40, 30, 20, 5), Magnitude(); sparsity = [0.9, 0.2, 0.9], structure = Layerwise())
+    x, y = randn(rng, Float32, 40, 50), Flux.onehotbatch(rand(rng, 1:5, 50), 1:5)
+    @test [layer.products isa SparseProducts for layer in trainer(model).layers] == [true, false, true]
+    @test trainer(mlp(rng, 4, 3)) isa Chain && trainer(Flux.f64(model)) isa Chain
+    @test trainer(prune!(Chain(PrunableDense(4 => 3, gelu)), Magnitude(); sparsity = 0.9)) isa Chain
+    opt = Flux.setup(Adam(), model)
+    before = deepcopy(model)
+    @test_throws DomainError step!((ŷ, y) -> NaN32 * sum(ŷ), trainer(model), opt, x, y)
+    @test_throws DimensionMismatch step!(Flux.logitcrossentropy, trainer(model), opt, x[1:39, :], y)
+    @test all(a.dense.weight == b.dense.weight for (a, b) in zip(model, before))
+    losses = train_masked!(Flux.logitcrossentropy, model, Iterators.repeated((x, y), 100), opt)
+    @test losses[end] < losses[1] && all(iszero(layer.dense.weight[.!layer.mask]) for layer in model)
+    @test train_masked!(Flux.logitcrossentropy, model, [(Float64.(x), y), (x[:, 1], y[:, 1])], opt) isa Vector{Float32}
 end

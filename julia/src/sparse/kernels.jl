@@ -14,8 +14,9 @@ const GROUP = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 6 : 1
 """
     SparseKernel(W, mask, bias, relu)
 
-The kept weights of a layer, block of inputs by block, so that the work is proportional to their number. Within a
-block, outputs come in the order of their number of weights: loops of one length after another are predicted well. `relu` is fused.
+The kept weights of a layer for panels, block of inputs by block, so that the work is proportional to their number. Within a
+block, outputs come in the order of their number of weights: loops of one length after another are predicted well. `relu` is
+fused.
 """
 struct SparseKernel
     inputs::Int
@@ -27,33 +28,56 @@ struct SparseKernel
     counts::Vector{Int32} # of their weights in the block
     columns::Vector{UInt8} # inputs in the block, from 0
     values::Vector{Float32}
-    pointers::Vector{Int32} # the same by output, for single samples: where each begins, and the end
+end
+
+function SparseKernel(W, mask, bias, relu)
+    kernel, places = packed(mask, bias, relu)
+    kernel.values .= @view W[places]
+    return kernel
+end
+
+"A kernel with weights yet to be filled in, and where in the mask's array each has its place."
+function packed(mask, bias, relu)
+    outputs, inputs = size(mask)
+    kept = permutedims(mask) # the inputs of an output side by side
+    blocks, rows, counts, columns, places = Int[1], Int32[], Int32[], UInt8[], Int32[]
+    for start in 1:BLOCK:inputs
+        block = start:min(start + BLOCK - 1, inputs)
+        numbers = [count(view(kept, block, i)) for i in 1:outputs]
+        for i in sortperm(numbers)
+            # In the first block outputs get their bias, in the last their activation.
+            numbers[i] == 0 && first(block) > 1 && last(block) < inputs && continue
+            push!(rows, i - 1)
+            push!(counts, numbers[i])
+            for j in block
+                kept[j, i] || continue
+                push!(columns, j - first(block))
+                push!(places, (j - 1) * outputs + i)
+            end
+        end
+        push!(blocks, length(rows) + 1)
+    end
+    values = zeros(Float32, length(places))
+    return SparseKernel(inputs, outputs, relu, bias, blocks, rows, counts, columns, values), places
+end
+
+"The kept weights of a layer for single samples, output by output."
+struct SparseRows
+    inputs::Int
+    outputs::Int
+    relu::Bool
+    bias::Vector{Float32}
+    pointers::Vector{Int32} # where the weights of each output begin, and the end
     indices::Vector{Int32} # inputs, from 1
     weights::Vector{Float32}
 end
 
-function SparseKernel(W, mask, bias, relu)
-    outputs, inputs = size(W)
-    blocks, rows, counts, columns, values = Int[1], Int32[], Int32[], UInt8[], Float32[]
-    for start in 1:BLOCK:inputs
-        block = start:min(start + BLOCK - 1, inputs)
-        numbers = vec(count(view(mask, :, block); dims = 2))
-        for i in sortperm(numbers)
-            # In the first block outputs get their bias, in the last their activation.
-            numbers[i] == 0 && first(block) > 1 && last(block) < inputs && continue
-            kept = findall(view(mask, i, block))
-            push!(rows, i - 1)
-            push!(counts, length(kept))
-            append!(columns, kept .- 1)
-            append!(values, view(W, i, block[kept]))
-        end
-        push!(blocks, length(rows) + 1)
-    end
+function SparseRows(W, mask, bias, relu)
     by_output = [findall(row) for row in eachrow(mask)]
     pointers = cumsum([1; map(length, by_output)])
     indices = reduce(vcat, by_output)
     weights = reduce(vcat, (W[i, kept] for (i, kept) in enumerate(by_output)))
-    return SparseKernel(inputs, outputs, relu, bias, blocks, rows, counts, columns, values, pointers, indices, weights)
+    return SparseRows(size(W, 2), size(W, 1), relu, bias, pointers, indices, weights)
 end
 
 "All weights of a layer: `packed`, GROUP outputs side by side, for panels, and as BLAS takes them for single samples."
@@ -147,6 +171,56 @@ end
 @inline store!(p, vectors, ::Val{V}, stride = sizeof(Lane)) where {V} =
     ntuple(v -> (vstore(vectors[v], p + (v - 1) * stride); nothing), Val(V))
 
+"Add to `slopes`, in the order of the kernel's weights, the products `dy * x'` where weights are kept; panels as in `multiply!`."
+function add_slopes!(slopes, dy::Matrix{Float32}, x::Matrix{Float32}, kernel::SparseKernel, ::Val{V}) where {V}
+    GC.@preserve slopes dy x kernel begin
+        at, columns = pointer(slopes), pointer(kernel.columns)
+        for b in 1:(length(kernel.blocks) - 1)
+            at, columns = add_slopes_of_block!(at, pointer(dy), block(x, b, Val(V)), kernel, b, columns, Val(V))
+        end
+    end
+    return slopes
+end
+
+function add_slopes_of_block!(at, dy, x, kernel, b, columns, ::Val{V}) where {V}
+    for r in kernel.blocks[b]:(kernel.blocks[b + 1] - 1)
+        count = kernel.counts[r] % Int
+        row = load(dy + kernel.rows[r] * V * sizeof(Lane), Val(V))
+        k = 0
+        while k < count - 3
+            quad = sums(product(row, x, columns, k, Val(V)), product(row, x, columns, k + 1, Val(V)),
+                        product(row, x, columns, k + 2, Val(V)), product(row, x, columns, k + 3, Val(V)))
+            vstore(vload(Vec{4,Float32}, at + 4k) + quad, at + 4k)
+            k += 4
+        end
+        while k < count
+            unsafe_store!(at + 4k, unsafe_load(at + 4k) + sum(product(row, x, columns, k, Val(V))))
+            k += 1
+        end
+        at += 4count
+        columns += count
+    end
+    return at, columns
+end
+
+@inline function product(row, x, columns, k, ::Val{V}) where {V}
+    input = x + unsafe_load(columns, k + 1) * V * sizeof(Lane)
+    sums = row[1] * vload(Lane, input)
+    for v in 2:V
+        sums = muladd(row[v], vload(Lane, input + (v - 1) * sizeof(Lane)), sums)
+    end
+    return sums
+end
+
+"The sums of four vectors."
+@inline function sums(a, b, c, d)
+    (ab1, ab2), (cd1, cd2) = interleaved(a, b), interleaved(c, d)
+    ab, cd = ab1 + ab2, cd1 + cd2
+    quarters = quarterwise(ab, cd, Val((0, 1, 16, 17))) + quarterwise(ab, cd, Val((2, 3, 18, 19)))
+    halves = shufflevector(quarters, Val(ntuple(i -> i - 1, Val(8)))) + shufflevector(quarters, Val(ntuple(i -> i + 7, Val(8))))
+    return shufflevector(halves, Val((0, 1, 2, 3))) + shufflevector(halves, Val((4, 5, 6, 7)))
+end
+
 function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::DenseKernel, ::Val{V}) where {V}
     (; inputs, outputs, bias, relu) = kernel
     GC.@preserve x y kernel for group in 0:(cld(outputs, GROUP) - 1)
@@ -173,8 +247,8 @@ end
     ntuple(i -> (w = Lane(unsafe_load(weights, i)); map((s, x) -> muladd(w, x, s), sums[i], input)), Val(GROUP))
 
 "The same for one sample."
-function multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::SparseKernel)
-    (; pointers, indices, weights, bias, relu) = kernel
+function multiply!(y::Vector{Float32}, x::Vector{Float32}, rows::SparseRows)
+    (; pointers, indices, weights, bias, relu) = rows
     @inbounds for i in eachindex(bias)
         k, stop = pointers[i] % Int, pointers[i + 1] % Int
         a = b = c = d = 0.0f0

@@ -1,7 +1,7 @@
 "A layer as it is computed in panels and for single samples; `σ` is `nothing` where kernels apply the activation."
 struct FastLayer
     panels::Union{SparseKernel,DenseKernel}
-    single::Union{SparseKernel,DenseKernel}
+    single::Union{SparseRows,DenseKernel}
     σ::Any
 end
 
@@ -57,12 +57,13 @@ function fast_layer(layer, choice)
     b, σ = bias(layer) === false ? zeros(Float32, size(W, 1)) : Array{Float32}(bias(layer)), layer.dense.σ
     fused = σ === NNlib.relu
     after = fused || σ === identity ? nothing : NNlib.fast_act(σ, W)
-    both = SparseKernel(W, mask, b, fused), DenseKernel(W, b, fused)
-    choice === :auto || (kernel = both[choice === :sparse ? 1 : 2]; return FastLayer(kernel, kernel, after))
+    dense = DenseKernel(W, b, fused)
+    for_panels, for_one = (SparseKernel(W, mask, b, fused), dense), (SparseRows(W, mask, b, fused), dense)
+    choice === :auto || (i = choice === :sparse ? 1 : 2; return FastLayer(for_panels[i], for_one[i], after))
     panels = map(_ -> rand(Float32, MAX_VECTORS * LANES, maximum(size(W))), 1:2)
     single = map(_ -> rand(Float32, maximum(size(W))), 1:2)
-    return FastLayer(both[argmin(map(kernel -> seconds(multiply!, panels..., kernel, Val(MAX_VECTORS)), both))],
-                     both[argmin(map(kernel -> seconds(multiply!, single..., kernel), both))], after)
+    return FastLayer(for_panels[argmin(map(kernel -> seconds(multiply!, panels..., kernel, Val(MAX_VECTORS)), for_panels))],
+                     for_one[argmin(map(kernel -> seconds(multiply!, single..., kernel), for_one))], after)
 end
 
 "How long a call takes at best."
