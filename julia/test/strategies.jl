@@ -20,7 +20,7 @@ end
     rates(finetune) = begin
         model, seen = small(Xoshiro(3)), Float64[]
         training = Training(epochs = 3, batchsize = 120, optimiser = Descent(0.1), decay = 0.5)
-        record(step, opt, x, y) = push!(seen, opt.layers[1].dense.weight.rule.eta)
+        record(step, opt, x, y) = (push!(seen, opt.layers[1].dense.weight.rule.eta); false)
         PrunableFlux.fit!(model, Flux.DataLoader(data; batchsize = 120), training; finetune, between! = record)
         seen
     end
