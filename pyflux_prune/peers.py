@@ -21,7 +21,8 @@ import numpy as np
 from .choices import Adam
 from .engines import Layer
 from .engines.parts import Float, Int
-from .engines.torch import TorchEngine, sequential
+from .engines.torch import sequential
+from .engines.torch.sparse import sparsify
 from .errors import EngineUnavailable
 from .network import Network, to_torch
 
@@ -94,7 +95,7 @@ def torch_dense(layers: Sequence[Layer], x: Float) -> Calls:
 
 def torch_csr(layers: Sequence[Layer], x: Float) -> Calls:
     """PyTorch with sparse matrices."""
-    function = TorchEngine().build(layers).sparsify("sparse")
+    function = sparsify(layers, "sparse")
     return Calls(lambda: function(x))
 
 

@@ -194,7 +194,8 @@ class TorchModel(Model):
 
     def sparsify(self, kernels: Kernels) -> Callable[[Float], tuple[Float, bool]]:
         """Return a function that multiplies with torch's sparse CSR matrices, or dense ones where asked to."""
-        return sparsify(self.layers(), kernels)
+        function = sparsify(self.layers(), kernels)
+        return lambda x: (function(x), bool(np.isfinite(x).all()))
 
     @property
     def features(self) -> int:
