@@ -165,10 +165,19 @@ print("whole", flush=True)
 """
 
 
+def heed_ctrl_c() -> None:
+    """In a process to be: what a shell starts in the background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.julia
 def test_ctrl_c_interrupts_training_at_once_and_leaves_the_network_whole() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
     )
     assert process.stdout is not None
     try:
@@ -191,6 +200,7 @@ def test_ctrl_c_on_the_command_line_leaves_the_last_whole_round(tmp_path: Path) 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
     record = tmp_path / "run" / "run.json"
     deadline = time.monotonic() + 300
