@@ -9,7 +9,7 @@ using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
 using PrunableFlux: PrunableFlux, Global, Layerwise, Prunable, PrunableConv, PrunableDense, canonical, evaluate, flipped,
-                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, zero_pruned!
+                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, trainer, zero_pruned!
 import PythonCall
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
@@ -81,7 +81,7 @@ score(model, data...) = values(evaluate(model, samples(model, data...)))
 function loss_and_gradients(model, data...)
     input, target = samples(model, data...)
     testmode!(model)
-    loss, (gradient,) = Flux.withgradient(m -> logitcrossentropy(m(input), target), model)
+    loss, (gradient,) = Flux.withgradient(m -> logitcrossentropy(PrunableFlux.forward(m, input), target), model)
     testmode!(model, :auto)
     return loss, [begin
         (; weight, bias) = inner(g, layer)
@@ -132,7 +132,7 @@ end
 function Steps(model, opt, x, sizes, y, n, order, visited, batchsize)
     data = obsview(samples(model, x, sizes, y, n), borrow(Int64, order, visited) .+ 1)
     batches = BatchView(data; batchsize = min(batchsize, visited), partial = true)
-    return Steps(model, opt, batches, zeros(Float32, length(batches)), 0)
+    return Steps(trainer(model), opt, batches, zeros(Float32, length(batches)), 0)
 end
 
 "Take steps until all are done or `seconds` have passed; return how many are done."
@@ -148,26 +148,42 @@ function advance!(steps::Steps, seconds)
     return steps.done
 end
 
+# What Python calls, in its order and with the types that its arguments have here: layers of all kinds between a first and
+# a last one that are the usual, since how gradients reach a layer depends on what follows it.
 @setup_workload begin
-    x, y, order = rand(Float32, 3, 12), rand(0:2, 12), collect(0:11)
-    w, m, b = rand(Float32, 9), fill(true, 9), zeros(Float32, 3)
+    x, y, order = rand(Float32, 192), repeat(0:2, 4), collect(0:11)
+    w, m, b, fast = rand(Float32, 144), fill(true, 144), rand(Float32, 16), zeros(Float32, 3, 12)
     at(array) = Int(pointer(array))
-    @compile_workload GC.@preserve x y order w m b begin
-        model = network((dense(3, 3, at(w), at(m), at(b), String(name)) for name in keys(ACTIVATIONS))...)
-        load!(model, 1, at(w), at(m), at(b))
-        weight(model, 1), mask(model, 1), bias(model, 1), repr(model)
-        opt = setup(model, choice("Adam"; eta = 0.01, beta = (0.9, 0.999), epsilon = 1e-8))
-        steps = Steps(model, opt, at(x), 3, at(y), 12, at(order), 12, 5)
-        advance!(steps, 0.2), length(steps.losses)
-        for structure in (Global(), Layerwise())
-            prune(model, choice("Magnitude"), 0.2, structure, opt, 0, 3, 0, 0)
+    dense_part(outputs, inputs, σ) = dense(outputs, inputs, at(w), at(m), at(b), σ)
+    conv_part(outputs, inputs, bias, σ) = conv(outputs, inputs, 3, 3, at(w), at(m), bias, σ, (1, 1), (1, 1), (1, 1))
+    @compile_workload GC.@preserve x y order w m b fast begin
+        perceptrons = map((("relu", "relu"), ("tanh", "sigmoid"))) do hidden
+            network((dense_part(4, 4, σ) for σ in hidden)..., dense_part(3, 4, "identity"))
         end
-        for name in ("Magnitude", "Taylor", "SynFlow", "OBD", "Wanda")
-            scores(model, choice(name), at(x), 3, at(y), 12)
+        images = network(conv_part(2, 1, at(b), "relu"), pool("max", (2, 2), (2, 2), (0, 0)), conv_part(4, 2, 0, "identity"),
+                         batchnorm(4, at(b), at(b), at(b), at(b), "relu", 1e-5, 0.1), pool("max", (2, 2), (2, 2), (0, 0)),
+                         flatten(), dense_part(4, 4, "relu"), dense_part(3, 4, "identity"))
+        for (model, sizes) in ((perceptrons[1], 4), (perceptrons[2], 4), (images, (4, 4, 1)))
+            data, place = (at(x), sizes, at(y), 12), length(model)
+            load!(model, place, at(w), at(m), at(b))
+            weight(model, 1), mask(model, 1), bias(model, 1), repr(model)
+            opt = setup(model, choice("Adam"; beta = (0.9, 0.999), eta = 0.01, epsilon = 1e-8))
+            steps = Steps(model, opt, data..., at(order), 12, 5)
+            advance!(steps, 0.2), length(steps.losses)
+            forward(model, at(x), sizes, 12), score(model, data...), loss_and_gradients(model, data...)
+            model === perceptrons[2] && continue
+            for (structure, sparsity) in ((Layerwise(), 0.2), (Global(), 0.6))
+                prune(model, choice("Magnitude"), sparsity, structure, opt, 0, sizes, 0, 0)
+            end
+            advance!(Steps(model, opt, data..., at(order), 12, 5), 0.2)
+            for name in ("Magnitude", "Taylor", "SynFlow", "Wanda")
+                scores(model, choice(name), data...)
+            end
         end
-        fast, out = sparsify(model, "auto"), zeros(Float32, 3, 12)
-        foreach(n -> infer!(fast, at(out), 3, at(x), 3, n), (1, 12))
-        forward(model, at(x), 3, 12), score(model, at(x), 3, at(y), 12), loss_and_gradients(model, at(x), 3, at(y), 12)
+        model = first(perceptrons)
+        scores(model, choice("OBD"), at(x), 4, at(y), 12)
+        sparse = sparsify(model, "auto")
+        foreach(n -> infer!(sparse, at(fast), 3, at(x), 4, n), (1, 12))
     end
 end
 

@@ -16,7 +16,8 @@ neurons smaller; [`sensitivity`](@ref) and [`lottery_ticket`](@ref) are experime
 module PrunableFlux
 
 using ChainRulesCore: ChainRulesCore, NoTangent, ProjectTo, @thunk, unthunk
-using Flux: Flux, Adam, BatchNorm, Chain, Conv, DataLoader, Dense, glorot_uniform, logitcrossentropy, onecold, onehotbatch
+using Flux: Flux, Adam, BatchNorm, Chain, Conv, DataLoader, Dense, Zygote, glorot_uniform, logitcrossentropy, onecold,
+            onehotbatch
 using ForwardDiff: Dual, ForwardDiff, partials
 using Functors: children, fmap, isleaf
 using Base.BinaryPlatforms: CPUID

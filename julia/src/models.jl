@@ -61,3 +61,34 @@ function perceptron(model)
     end
     return layers
 end
+
+"""
+    forward(model, x)
+
+`model(x)`, in the way in which it is differentiated here: a `Chain` layer by layer, so that what Zygote compiles depends on
+each layer alone, whatever is before and after it. A second network then costs no compilation for the layers of the first.
+"""
+forward(model, x) = model(x)
+forward(model::Chain, x) = in_turn(model.layers, x)
+
+in_turn(layers, x) = foldl((x, layer) -> layer(x), values(layers); init = x)
+
+Zygote.@adjoint function in_turn(layers, x)
+    parts = collect(Any, values(layers))
+    pullbacks = similar(parts)
+    for i in eachindex(parts)
+        x, pullbacks[i] = Zygote._pullback(__context__, parts[i], x)
+    end
+    function in_turn_pullback(dx)
+        slopes = similar(parts)
+        for i in reverse(eachindex(parts))
+            slopes[i], dx = isnothing(dx) ? (nothing, nothing) : pullbacks[i](unthunk(dx))
+        end
+        return like(layers, slopes), dx
+    end
+    return x, in_turn_pullback
+end
+
+like(::AbstractVector, parts) = parts
+like(::Tuple, parts) = Tuple(parts)
+like(::NamedTuple{names}, parts) where {names} = NamedTuple{names}(Tuple(parts))

@@ -24,7 +24,7 @@ growth(method::SET, model, batch, loss) = saliency(RandomSaliency(method.seed), 
 function growth(::RigL, model, (x, y), loss)
     net, inputs = double(model), Flux.f64(x)
     unmasked = with_weights(net, weights(net), map(unpruned_mask, weights(net)))
-    return map(g -> abs.(g), weight_gradients(m -> loss(m(inputs), y), unmasked))
+    return map(g -> abs.(g), weight_gradients(m -> loss(forward(m, inputs), y), unmasked))
 end
 
 """

@@ -48,7 +48,7 @@ function train_masked!(loss, model, batches, opt)
 end
 
 function step!(loss, model, opt, x, y)
-    value, (gradient,) = Flux.withgradient(m -> loss(m(x), y), model)
+    value, (gradient,) = Flux.withgradient(m -> loss(forward(m, x), y), model)
     isfinite(value) || throw(DomainError(value, "the training loss is not finite; try a lower learning rate"))
     masked_update!(opt, model, gradient)
     return value

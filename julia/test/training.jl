@@ -1,7 +1,7 @@
 using Flux, PrunableFlux, Random, Test
 import Optimisers
 
-function task(rng; n = 64)
+function labelled(rng; n = 64)
     x = randn(rng, Float32, 8, n)
     return x, Flux.onehotbatch(map(c -> argmax(c[1:3]), eachcol(x)), 1:3)
 end
@@ -17,7 +17,7 @@ Flux.@layer Literal trainable=(layers,)
 @testset "pruned in mid-training stays 0, the others train as ever: $(nameof(typeof(rule)))" for rule in (
         Descent(0.1), Momentum(0.05, 0.9), Nesterov(0.05, 0.9), Adam(0.01), AdamW(0.01, (0.9, 0.999), 0.1), RMSProp(0.01))
     rng = Xoshiro(1)
-    batch = task(rng)
+    batch = labelled(rng)
     model = Chain(PrunableDense(8 => 16, relu), PrunableDense(16 => 3))
     opt = Flux.setup(rule, model)
     loss = Flux.logitcrossentropy
@@ -46,7 +46,7 @@ end
 @testset "the optimiser's memory of pruned weights is cleared" begin
     model = Chain(PrunableDense(8 => 16, relu), PrunableDense(16 => 3))
     opt = Flux.setup(OptimiserChain(WeightDecay(1f-4), Adam(0.01)), model)
-    train_masked!(Flux.logitcrossentropy, model, Iterators.repeated(task(Xoshiro(2)), 5), opt)
+    train_masked!(Flux.logitcrossentropy, model, Iterators.repeated(labelled(Xoshiro(2)), 5), opt)
     prune!(model, Magnitude(); sparsity = 0.5, opt)
     for (i, layer) in enumerate(model)
         m, v, _ = opt.layers[i].dense.weight.state[2]
@@ -59,14 +59,29 @@ end
     model = prune!(Chain(PrunableDense(8 => 3)), Magnitude(); sparsity = 0.5)
     opt = Flux.setup(OptimiserChain(Descent(0.1), SignDecay(0.1), WeightDecay(0.1)), model)
     model[1].dense.weight .= 1
-    train_masked!(Flux.logitcrossentropy, model, [task(Xoshiro(3))], opt)
+    train_masked!(Flux.logitcrossentropy, model, [labelled(Xoshiro(3))], opt)
     @test all(iszero, model[1].dense.weight[.!model[1].mask])
+end
+
+@testset "chains differentiated layer by layer have the same gradients" begin
+    rng, tied = Xoshiro(5), PrunableDense(8 => 8, tanh)
+    x, y = labelled(rng)
+    for chain in (Chain(PrunableDense(8 => 6, relu), BatchNorm(6), x -> 2x, PrunableDense(6 => 3)), Chain(identity),
+                  Chain(tied, Chain(tied, Dense(8 => 3))), Chain([PrunableDense(8 => 6), PrunableDense(6 => 3)]),
+                  Chain(first = Dense(8 => 4), last = Parallel(+, Dense(4 => 3), Dense(4 => 3))),
+                  Chain(Dense(8 => 3), x -> Flux.Zygote.dropgrad(x), Dense(3 => 3)))
+        target = chain[end] === identity ? zero(x) : y
+        loss(ŷ) = sum(abs2, ŷ .- target)
+        expected = Flux.withgradient((m, x) -> loss(m(x)), chain, x)
+        ours = Flux.withgradient((m, x) -> loss(PrunableFlux.forward(m, x)), chain, x)
+        @test isequal(ours, expected)
+    end
 end
 
 @testset "a loss that is not finite stops training before the step" begin
     model = Chain(PrunableDense(8 => 3))
     before = deepcopy(Flux.state(model))
-    x, y = task(Xoshiro(4))
+    x, y = labelled(Xoshiro(4))
     @test_throws DomainError train_masked!((ŷ, y) -> NaN * sum(ŷ), model, [(x, y)], Flux.setup(Adam(), model))
     @test Flux.state(model) == before
 end

@@ -19,7 +19,7 @@ end
 
 function saliency(criterion::OBD, model, (x, y))
     net, x = double(model), Flux.f64(x)
-    diagonal = criterion.exact ? hessian_diagonal(m -> criterion.loss(m(x), y), net) : lecun_diagonal(perceptron(net), x)
+    diagonal = criterion.exact ? hessian_diagonal(m -> criterion.loss(forward(m, x), y), net) : lecun_diagonal(perceptron(net), x)
     return map((W, h) -> h .* W .^ 2 ./ 2, weights(net), diagonal)
 end
 

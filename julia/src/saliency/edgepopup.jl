@@ -21,7 +21,7 @@ function saliency(criterion::EdgePopup, model, data)
     train_scored!(criterion.training, data, scores) do x, y
         chosen = map(native, layers, select(Layerwise(), map(canonical, layers, scores), masks, criterion.sparsity))
         subnetwork = with_weights(net, map((W, m) -> W .* m, weights(net), chosen), unmasked)
-        gradients = weight_gradients(m -> criterion.training.loss(m(x), y), subnetwork)
+        gradients = weight_gradients(m -> criterion.training.loss(forward(m, x), y), subnetwork)
         return map((W, g) -> W .* g, weights(net), gradients)
     end
     return scores

@@ -17,7 +17,7 @@ function saliency(::SynFlow, model, data...)
     net = double(model)
     flow = with_layers(linear, net)
     x = fill!(similar(first(weights(net)), sample_size(first(prunables(net)), data...)..., 1), 1)
-    return map((W, g) -> abs.(W) .* g, weights(net), weight_gradients(m -> sum(m(x)), flow))
+    return map((W, g) -> abs.(W) .* g, weights(net), weight_gradients(m -> sum(forward(m, x)), flow))
 end
 
 sample_size(layer, data) = size(first(data))[1:(end - 1)]

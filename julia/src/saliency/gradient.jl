@@ -15,7 +15,7 @@ function saliency(criterion::Taylor, model, data)
     net, measure = double(model), criterion.squared ? abs2 : abs
     batches = in_batches(Flux.f64(data), criterion.batchsize)
     return sum(batches) do (x, y)
-        gradients = weight_gradients(m -> criterion.loss(m(x), y), net)
+        gradients = weight_gradients(m -> criterion.loss(forward(m, x), y), net)
         map((W, g) -> measure.(g .* W), weights(net), gradients)
     end ./ length(batches)
 end
@@ -57,7 +57,7 @@ end
 function saliency(criterion::GraSP, model, data)
     net = double(model)
     x, y = balanced(Flux.f64(data), criterion.per_class)
-    loss(m) = criterion.loss(m(x) ./ criterion.temperature, y)
+    loss(m) = criterion.loss(forward(m, x) ./ criterion.temperature, y)
     products = hessian_product(loss, net, weight_gradients(loss, net))
     return map((W, p) -> W .* p, weights(net), products)
 end
@@ -89,7 +89,7 @@ function saliency(criterion::Movement, model, data)
     net = Flux.testmode!(double(model), :auto)
     scores = map(zero, weights(net))
     train_scored!(criterion.training, data, net) do x, y
-        gradient, = Flux.gradient(m -> criterion.training.loss(m(x), y), net)
+        gradient, = Flux.gradient(m -> criterion.training.loss(forward(m, x), y), net)
         foreach((s, W, g) -> s .-= W .* g, scores, weights(net), per_layer(gradient, net))
         return gradient
     end
