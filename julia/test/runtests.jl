@@ -1,9 +1,23 @@
-using Test
+# Most of the time is compilation, so that two processes take half of it. The longest files come first.
+using Distributed, Test
+
+const FILES = ["conv", "saliency", "quality", "training", "strategies", "recurrent", "experiment", "structure", "sparse",
+               "device", "layers", "selection", "schedule"]
+
+addprocs(2; exeflags = Base.julia_cmd().exec[2:end])
+@everywhere using Test
+@everywhere include($(joinpath(@__DIR__, "networks.jl")))
+@everywhere function run_file(path)
+    @testset "$(basename(path))" begin
+        include(path)
+    end
+    return "passed"
+end
 
 @testset "PrunableFlux" begin
-    include("networks.jl")
-    @testset "$name" for name in ("layers", "selection", "saliency", "structure", "conv", "schedule", "training", "experiment",
-                                  "strategies", "sparse", "device", "quality")
-        include("$name.jl")
+    @test issetequal(FILES, setdiff(map(file -> first(splitext(file)), readdir(@__DIR__)), ("runtests", "networks")))
+    results = pmap(name -> run_file(joinpath(@__DIR__, "$name.jl")), FILES; on_error = identity)
+    for (name, result) in zip(FILES, results)
+        @test (name, result) == (name, "passed")
     end
 end
