@@ -5,9 +5,10 @@ const FILES = ["conv", "saliency", "quality", "training", "strategies", "recurre
                "device", "layers", "selection", "schedule"]
 
 addprocs(2; exeflags = Base.julia_cmd().exec[2:end])
-@everywhere using Test
+@everywhere using Random, Test
 @everywhere include($(joinpath(@__DIR__, "networks.jl")))
 @everywhere function run_file(path)
+    Random.seed!(1) # the same weights in every run, in whatever order files come
     @testset "$(basename(path))" begin
         include(path)
     end
