@@ -9,7 +9,7 @@ using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
 using PrunableFlux: PrunableFlux, Global, Layerwise, Prunable, PrunableConv, PrunableDense, canonical, evaluate, flipped,
-                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, trainer, zero_pruned!
+                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer, zero_pruned!
 import PythonCall
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
@@ -132,18 +132,22 @@ end
 function Steps(model, opt, x, sizes, y, n, order, visited, batchsize)
     data = obsview(samples(model, x, sizes, y, n), borrow(Int64, order, visited) .+ 1)
     batches = BatchView(data; batchsize = min(batchsize, visited), partial = true)
-    return Steps(trainer(model), opt, batches, zeros(Float32, length(batches)), 0)
+    return Steps(trainer(model, opt), opt, batches, zeros(Float32, length(batches)), 0)
 end
 
 "Take steps until all are done or `seconds` have passed; return how many are done."
 function advance!(steps::Steps, seconds)
     (; model, opt, batches, losses) = steps
     deadline = time() + seconds
-    while steps.done < length(batches)
-        x, y = batches[steps.done + 1]
-        losses[steps.done + 1] = step!(logitcrossentropy, model, opt, x, y)
-        steps.done += 1
-        time() < deadline || break
+    try
+        while steps.done < length(batches)
+            x, y = batches[steps.done + 1]
+            losses[steps.done + 1] = step!(logitcrossentropy, model, opt, x, y)
+            steps.done += 1
+            time() < deadline || break
+        end
+    finally
+        store!(model)
     end
     return steps.done
 end

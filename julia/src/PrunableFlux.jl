@@ -24,7 +24,8 @@ using Base.BinaryPlatforms: CPUID
 using LinearAlgebra: I, Symmetric, cholesky, diag, issuccess, mul!, tr
 using MLUtils: MLUtils, numobs
 using NNlib: NNlib
-using Optimisers: Optimisers
+using Optimisers: Optimisers, AccumGrad, AdaBelief, AdaDelta, AdaGrad, AdaMax, AdamW, AMSGrad, ClipGrad, ClipNorm, Descent, Lion,
+                  Momentum, NAdam, Nesterov, OAdam, OptimiserChain, RAdam, RMSProp, SignDecay, WeightDecay
 using PrecompileTools: @compile_workload, @setup_workload
 using Random: Random, AbstractRNG, Xoshiro
 using SIMD: Vec, shufflevector, vload, vstore

@@ -141,23 +141,30 @@ samples(train::Tuple{AbstractArray,AbstractArray}) = train
 samples(train) = first(train)
 
 """
-    fit!(model, batches, training; finetune = nothing, copy_at = nothing, between! = nothing)
+    fit!(model, batches, training; finetune = nothing, copy_at = nothing, every = 1, between! = nothing)
 
-Train for `training.epochs` at the learning rates that `finetune` calls for, with `between!(step, opt, x, y)` before each
-step but the first, where `step` are done, which returns whether it changed masks; return a copy of the model as it was after
+Train for `training.epochs` at the learning rates that `finetune` calls for, with `between!(step, opt, x, y)` after each
+`every` steps, where another follows, which returns whether it changed masks; return a copy of the model as it was after
 `copy_at` steps.
 """
-function fit!(model, batches, training; finetune = nothing, copy_at = nothing, between! = nothing)
+function fit!(model, batches, training; finetune = nothing, copy_at = nothing, every = 1, between! = nothing)
     opt = Flux.setup(training.optimiser, model)
-    origin, step, trained = copy_at == 0 ? deepcopy(model) : nothing, 0, trainer(model)
-    for epoch in 1:(training.epochs)
-        adjust_rate!(opt, training, rate_epoch(finetune, training, epoch))
-        for (x, y) in batches
-            step > 0 && !isnothing(between!) && between!(step, opt, x, y) && (trained = trainer(model))
-            step!(training.loss, trained, opt, x, y)
-            step += 1
-            step == copy_at && (origin = deepcopy(model))
+    origin, step, trained = copy_at == 0 ? deepcopy(model) : nothing, 0, trainer(model, opt)
+    try
+        for epoch in 1:(training.epochs)
+            adjust_rate!(opt, training, rate_epoch(finetune, training, epoch))
+            for (x, y) in batches
+                if step > 0 && step % every == 0 && !isnothing(between!)
+                    store!(trained)
+                    between!(step, opt, x, y) && (trained = trainer(model, opt))
+                end
+                step!(training.loss, trained, opt, x, y)
+                step += 1
+                step == copy_at && (origin = deepcopy(store!(trained)))
+            end
         end
+    finally
+        store!(trained)
     end
     return origin
 end
@@ -194,13 +201,13 @@ function gradual_prune!(model, train, test; saliency = Magnitude(), structure = 
     history, data, started = NamedTuple[], samples(train), time()
     tell() = push!(history, report(model, test, training, length(history), started))
     function between!(step, opt, x, y)
-        step % every == 0 && step <= every * length(targets) || return false
+        step <= every * length(targets) || return false
         tell()
         started = time()
         prune!(model, saliency, data; sparsity = targets[step ÷ every], structure, opt)
         return true
     end
-    fit!(model, batches, training; between!)
+    fit!(model, batches, training; every, between!)
     tell()
     return identity.(history)
 end

@@ -68,12 +68,12 @@ function sparse_train!(model, train; method = RigL(), every = 100, stop = 0.75, 
     batches = as_batches(train, training.batchsize; shuffle = true, rng)
     last_step = stop * training.epochs * length(batches)
     function between!(step, opt, x, y)
-        step % every == 0 && step < last_step || return false
+        step < last_step || return false
         fraction = method.fraction * (1 + cospi(step / last_step)) / 2
         regrow!(anew(method, rng), model, (x, y); fraction, opt, training.loss)
         return true
     end
-    fit!(model, batches, training; between!)
+    fit!(model, batches, training; every, between!)
     return model
 end
 

@@ -1,5 +1,5 @@
 using Flux, PrunableFlux, Random, Test
-using PrunableFlux: DenseKernel, SparseKernel, SparseProducts, SparseTrainer, step!, trainer
+using PrunableFlux: DenseKernel, SparseKernel, SparseProducts, SparseTrainer, step!, store!, trainer
 
 relative(a, b) = maximum(abs, a .- b; init = 0) / max(maximum(abs, b; init = 0), 1)
 
@@ -49,34 +49,81 @@ end
                                      PrunableDense(Dense(randn(rng, Float32, size(model[1], 2), 8))), model.layers...))
     foreach(layer -> layer.dense.weight ./= sqrt(size(layer.mask, 2)), model)
     prune!(model, RandomSaliency(seed = trial); sparsity = rand(rng, (0.55, 0.9, 0.97)), structure = Global(min_kept = 1))
-    rule = rand(rng, (Descent(0.1f0), Momentum(0.1f0)))
+    rule = rand(rng, (Descent(0.1f0), Momentum(0.1f0), Flux.OptimiserChain(Flux.WeightDecay(0.01f0), Nesterov(0.1f0))))
     theirs, ours = deepcopy(model), deepcopy(model)
     their_opt, our_opt = Flux.setup(rule, theirs), Flux.setup(rule, ours)
-    fast = trainer(ours)
+    fast = trainer(ours, our_opt)
     @test fast isa SparseTrainer
     for n in (2, 16, 33, 64, 65, 200, 10)
         x, y = randn(rng, Float32, size(first(model), 2), n), Flux.onehotbatch(rand(rng, 1:4, n), 1:4)
         @test step!(Flux.logitcrossentropy, fast, our_opt, x, y) ≈ step!(Flux.logitcrossentropy, theirs, their_opt, x, y)
-        for (a, b) in zip(ours, theirs)
+        rand(rng, Bool) && continue # and on from where it is
+        for (a, b) in zip(store!(fast), theirs)
             @test relative(a.dense.weight, b.dense.weight) < 1e-5 && iszero(a.dense.weight[.!a.mask])
             a.dense.bias === false || @test relative(a.dense.bias, b.dense.bias) < 1e-5
         end
     end
 end
 
+struct HalfStep <: Optimisers.AbstractRule end
+Optimisers.init(::HalfStep, x) = nothing
+Optimisers.apply!(::HalfStep, state, x, dx) = state, dx ./ 2
+
+memory_arrays(leaf::Optimisers.Leaf) = memory_arrays(leaf.state)
+memory_arrays(array::Array) = [array]
+memory_arrays(parts::Union{Tuple,NamedTuple}) = mapreduce(memory_arrays, vcat, values(parts); init = Array[])
+memory_arrays(other) = Array[]
+
+# In Float64 there are no kernels, and the same rule takes the same steps.
+@testset "the memory of kept weights: $rule" for rule in (
+        Adam(0.001), AdamW(0.001), RMSProp(0.001), AdaGrad(0.01), AdaDelta(), AMSGrad(0.001), NAdam(0.001), RAdam(0.001), AdaMax(0.001),
+        OAdam(0.001), AdaBelief(0.001), Nesterov(0.01), Flux.OptimiserChain(Flux.ClipNorm(0.5), Flux.AccumGrad(2), Flux.SignDecay(0.01), Adam(0.001)))
+    rng = Xoshiro(4)
+    model = prune!(mlp(rng, 30, 40, 20, 5), Magnitude(); sparsity = [0.9, 0.2, 0.8], structure = Layerwise())
+    batches = [(randn(rng, Float32, 30, 64), Flux.onehotbatch(rand(rng, 1:5, 64), 1:5)) for _ in 1:12]
+    theirs, opt = Flux.f64(model), Flux.setup(rule, model)
+    their_opt = Flux.setup(rule, theirs)
+    for part in (batches[1:5], batches[6:12])
+        @test trainer(model, opt) isa SparseTrainer && trainer(theirs, their_opt) isa Chain
+        train_masked!(Flux.logitcrossentropy, model, part, opt)
+        train_masked!(Flux.logitcrossentropy, theirs, [(Float64.(x), y) for (x, y) in part], their_opt)
+        Optimisers.adjust!(opt, 0.0005), Optimisers.adjust!(their_opt, 0.0005)
+    end
+    for (a, b) in zip(model, theirs)
+        @test relative(a.dense.weight, b.dense.weight) < 1e-4 && relative(a.dense.bias, b.dense.bias) < 1e-4
+    end
+    ours_memory, their_memory = memory_arrays(opt), memory_arrays(their_opt)
+    @test length(ours_memory) == length(their_memory)
+    @test all(size(a) == size(b) && relative(a, b) < 1e-3 for (a, b) in zip(ours_memory, their_memory))
+end
+
 @testset "what is trained on kept weights" begin
     rng = Xoshiro(2)
     model = prune!(mlp(rng, 40, 30, 20, 5), Magnitude(); sparsity = [0.9, 0.2, 0.9], structure = Layerwise())
     x, y = randn(rng, Float32, 40, 50), Flux.onehotbatch(rand(rng, 1:5, 50), 1:5)
-    @test [layer.products isa SparseProducts for layer in trainer(model).layers] == [true, false, true]
-    @test trainer(mlp(rng, 4, 3)) isa Chain && trainer(Flux.f64(model)) isa Chain
-    @test trainer(prune!(Chain(PrunableDense(4 => 3, gelu)), Magnitude(); sparsity = 0.9)) isa Chain
-    opt = Flux.setup(Adam(), model)
+    opt, setup = Flux.setup(Adam(), model), m -> (m, Flux.setup(Adam(), m))
+    @test [layer.products isa SparseProducts for layer in trainer(model, opt).layers] == [true, false, true]
+    @test trainer(setup(mlp(rng, 4, 3))...) isa Chain && trainer(setup(Flux.f64(model))...) isa Chain
+    @test trainer(setup(prune!(Chain(PrunableDense(4 => 3, gelu)), Magnitude(); sparsity = 0.9))...) isa Chain
+    @test trainer(setup(Chain(model[1], PrunableDense(model[1].dense, model[1].mask)))...) isa Chain # tied
+    @test trainer(model, Flux.setup(HalfStep(), model)) isa Chain # may not be of single weights
+    named = Chain(; zip((:a, :b, :c), deepcopy(model.layers))...)
     before = deepcopy(model)
-    @test_throws DomainError step!((ŷ, y) -> NaN32 * sum(ŷ), trainer(model), opt, x, y)
-    @test_throws DimensionMismatch step!(Flux.logitcrossentropy, trainer(model), opt, x[1:39, :], y)
+    @test_throws DomainError step!((ŷ, y) -> NaN32 * sum(ŷ), trainer(model, opt), opt, x, y)
+    @test_throws DimensionMismatch step!(Flux.logitcrossentropy, trainer(model, opt), opt, x[1:39, :], y)
     @test all(a.dense.weight == b.dense.weight for (a, b) in zip(model, before))
     losses = train_masked!(Flux.logitcrossentropy, model, Iterators.repeated((x, y), 100), opt)
     @test losses[end] < losses[1] && all(iszero(layer.dense.weight[.!layer.mask]) for layer in model)
+    @test train_masked!(Flux.logitcrossentropy, named, Iterators.repeated((x, y), 100), Flux.setup(Adam(), named)) == losses
+    @test all(a.dense.weight == b.dense.weight for (a, b) in zip(model, named))
+    steps = [(x, y), (x, y), (x, NaN32 .* y)] # what was learned before the error is kept
+    halted, whole = deepcopy(before), deepcopy(before)
+    @test_throws DomainError train_masked!(Flux.logitcrossentropy, halted, steps, Flux.setup(Adam(), halted))
+    train_masked!(Flux.logitcrossentropy, whole, steps[1:2], Flux.setup(Adam(), whole))
+    @test all(a.dense.weight == b.dense.weight != c.dense.weight for (a, b, c) in zip(halted, whole, before))
+    opt = Flux.setup(Adam(), halted)
+    Optimisers.freeze!(opt.layers[1])
+    train_masked!(Flux.logitcrossentropy, halted, steps[1:2], opt)
+    @test halted[1].dense.weight == whole[1].dense.weight && halted[3].dense.weight != whole[3].dense.weight
     @test train_masked!(Flux.logitcrossentropy, model, [(Float64.(x), y), (x[:, 1], y[:, 1])], opt) isa Vector{Float32}
 end

@@ -5,54 +5,44 @@
 "Density up to which a layer, and a network, is trained on its kept weights only; above, BLAS is faster."
 const TRAINED_SPARSE = 0.5
 
-"The products of a layer's weight that training takes, of kept weights only."
+"""
+The products of a layer's weight that training takes, of kept weights only, which are in `forward` while training goes on:
+the k-th of them is at `places[k]` of the weight's memory, and the k-th of `backward`, of the transposed weight, is the
+`order[k]`-th of `forward`. A first layer needs no gradient of its inputs.
+"""
 struct SparseProducts
-    W::Matrix{Float32}
     forward::SparseKernel
-    backward::SparseKernel # of the transposed weight
-    at::Vector{Int32} # where in W the backward kernel's values are, in the order of memory as far as blocks allow
-    order::Vector{Int32} # the forward kernel's k-th weight is the backward kernel's order[k]-th
+    places::Vector{Int32}
+    backward::Union{SparseKernel,Nothing}
+    order::Vector{Int32}
 end
 
-function SparseProducts(W, mask, bias, relu)
+function SparseProducts(mask, bias, relu; is_first)
     forward, places = packed(mask, bias, relu)
-    backward, transposed_places = packed(permutedims(mask), zeros(Float32, size(W, 2)), false)
-    outputs, inputs = size(W)
-    at = map(place -> Int32((mod1(place, inputs) - 1) * outputs + fld1(place, inputs)), transposed_places)
-    position = zeros(Int32, length(W))
-    position[at] = eachindex(at)
-    return SparseProducts(W, forward, backward, at, position[places])
-end
-
-"Take the weights as they are now."
-function refresh!(products::SparseProducts)
-    (; W, forward, backward, at, order) = products
-    @inbounds for k in eachindex(at)
-        backward.values[k] = W[at[k]]
-    end
-    @inbounds for k in eachindex(order)
-        forward.values[k] = backward.values[order[k]]
-    end
-    return products
+    is_first && return SparseProducts(forward, places, nothing, Int32[])
+    outputs, inputs = size(mask)
+    backward, transposed_places = packed(permutedims(mask), zeros(Float32, inputs), false)
+    position = Vector{Int32}(undef, length(mask))
+    position[places] = eachindex(places)
+    order = map(place -> position[(mod1(place, inputs) - 1) * outputs + fld1(place, inputs)], transposed_places)
+    return SparseProducts(forward, places, backward, order)
 end
 
 forward!(y, x, products::SparseProducts, width) = multiply!(y, x, products.forward, Val(width ÷ LANES))
 backward!(dx, dy, products::SparseProducts, width) = multiply!(dx, dy, products.backward, Val(width ÷ LANES))
-slopes(products::SparseProducts) = zeros(Float32, length(products.order))
+slopes(products::SparseProducts) = zeros(Float32, length(products.places))
 add_slopes!(slopes, dy, x, products::SparseProducts, width) =
     add_slopes!(slopes, dy, x, products.forward, Val(width ÷ LANES))
 
-"Write the gradient of kept weights to where they are; what is pruned stays as it is, 0."
-function scatter!(dW, slopes, products::SparseProducts)
-    (; at, order, backward) = products
-    ordered = backward.values # which the next step fills anew
-    @inbounds for k in eachindex(order)
-        ordered[order[k]] = slopes[k]
+"What the gradient is taken of, and its mask."
+trained_weight(products::SparseProducts) = products.forward.values, nothing
+
+"Take up the weights as the last update has left them."
+function refresh!((; forward, backward, order)::SparseProducts)
+    isnothing(backward) || @inbounds for k in eachindex(order)
+        backward.values[k] = forward.values[order[k]]
     end
-    @inbounds for k in eachindex(at)
-        dW[at[k]] = ordered[k]
-    end
-    return dW
+    return nothing
 end
 
 "The same products with all weights, on BLAS."
@@ -63,11 +53,11 @@ struct DenseProducts
     relu::Bool
 end
 
-refresh!(products::DenseProducts) = (zero_pruned!(products.W, products.mask); products)
-slopes(products::DenseProducts) = zero(products.W)
 backward!(dx, dy, products::DenseProducts, width) = mul!(dx, dy, products.W)
+slopes(products::DenseProducts) = zero(products.W)
 add_slopes!(slopes, dy, x, products::DenseProducts, width) = mul!(slopes, dy', x, true, true)
-scatter!(dW, slopes, products::DenseProducts) = (copyto!(dW, slopes); mask!(dW, products.mask))
+trained_weight(products::DenseProducts) = products.W, products.mask
+refresh!(::DenseProducts) = nothing
 
 function forward!(y, x, products::DenseProducts, width)
     (; W, bias, relu) = products
@@ -75,22 +65,69 @@ function forward!(y, x, products::DenseProducts, width)
     return y .= relu ? max.(y .+ bias', 0) : y .+ bias'
 end
 
-"A layer in training: its products, the activation where kernels do not apply it, and the gradients."
-struct TrainedLayer
-    products::Union{SparseProducts,DenseProducts}
-    after::Any
-    σ::Any
-    dW::Matrix{Float32}
-    has_bias::Bool
+"""
+A layer in training: its products, the activation where kernels do not apply it, and the optimiser's memory, both as the
+optimiser has it and as the products need it.
+"""
+mutable struct TrainedLayer
+    const products::Union{SparseProducts,DenseProducts}
+    const after::Any
+    const σ::Any
+    const W::Matrix{Float32}
+    const mask::Matrix{Bool}
+    const bias::Union{Vector{Float32},Bool}
+    const memory::NamedTuple # as in the optimiser's tree
+    of_weight::Optimisers.Leaf
 end
 
-function TrainedLayer(layer::PrunableDense)
+function TrainedLayer(layer::PrunableDense, memory, is_first)
     (; weight, bias, σ) = layer.dense
     relu, b = σ === NNlib.relu, bias === false ? zeros(Float32, size(weight, 1)) : bias
-    products = density(layer) <= TRAINED_SPARSE ? SparseProducts(weight, layer.mask, b, relu) :
+    products = density(layer) <= TRAINED_SPARSE ? SparseProducts(layer.mask, b, relu; is_first) :
                DenseProducts(weight, layer.mask, b, relu)
     after = relu || σ === identity ? nothing : NNlib.fast_act(σ, weight)
-    return TrainedLayer(products, after, σ, zero(weight), bias !== false)
+    return TrainedLayer(products, after, σ, weight, layer.mask, bias, memory, memory.weight)
+end
+
+inputs(layer::TrainedLayer) = size(layer.W, 2)
+outputs(layer::TrainedLayer) = size(layer.W, 1)
+
+load!(layer::TrainedLayer) = load!(layer, layer.products)
+load!(layer, ::DenseProducts) = zero_pruned!(layer.W, layer.mask)
+function load!(layer, (; forward, places)::SparseProducts)
+    forward.values .= @view layer.W[places]
+    (; rule, state, frozen) = layer.memory.weight
+    layer.of_weight = Optimisers.Leaf(rule, gathered(state, places, layer.W), frozen)
+    return layer
+end
+
+store!(layer::TrainedLayer) = store!(layer, layer.products)
+store!(layer, ::DenseProducts) = layer
+function store!(layer, (; forward, places)::SparseProducts)
+    zero_pruned!(layer.W, layer.mask)[places] = forward.values
+    leaf = layer.memory.weight
+    leaf.state = scattered!(leaf.state, layer.of_weight.state, places)
+    return layer
+end
+
+"The optimiser's memory of kept weights: arrays of the weight's size are of its elements."
+gathered(state::AbstractArray, places, W) = size(state) == size(W) ? state[places] : state
+gathered(state::Union{Tuple,NamedTuple}, places, W) = map(part -> gathered(part, places, W), state)
+gathered(state, places, W) = state
+
+"The same memory, of all weights, with that of kept weights as it is now."
+scattered!(state::AbstractArray, now, places) = size(state) == size(now) ? now : setindex!(state, now, places)
+scattered!(state::Union{Tuple,NamedTuple}, now, places) = map((was, is) -> scattered!(was, is, places), state, now)
+scattered!(state, now, places) = now
+
+function update!(layer::TrainedLayer, slopes)
+    (; weight, bias) = layer.memory
+    layer.of_weight.rule, layer.of_weight.frozen = weight.rule, weight.frozen # which may have been adjusted
+    W, mask = trained_weight(layer.products)
+    isnothing(mask) || mask!(slopes.weight, mask)
+    weight.frozen || update_leaf!(weight.rule, layer.of_weight, W, slopes.weight, mask)
+    layer.bias === false || bias.frozen || update_leaf!(bias.rule, bias, layer.bias, slopes.bias, nothing)
+    return layer
 end
 
 "Multiply the gradient of a layer's outputs `y` by the slope of its activation there."
@@ -102,6 +139,12 @@ through!(dy, y, ::typeof(NNlib.sigmoid)) = dy .*= y .* (1 .- y)
 const SMOOTH = Union{typeof(identity),typeof(NNlib.relu),typeof(tanh),typeof(NNlib.sigmoid)}
 const TrainedSparse = PrunableDense{<:Dense{<:SMOOTH,Matrix{Float32},<:Union{Bool,Vector{Float32}}},Matrix{Bool}}
 
+# Of these the change of a weight depends on its own gradient alone, or on a norm that pruned weights add nothing to.
+const ElementwiseRule = Union{Descent,Momentum,Nesterov,RMSProp,Adam,RAdam,AdaMax,OAdam,AdaGrad,AdaDelta,AMSGrad,NAdam,AdamW,
+                              AdaBelief,Lion,WeightDecay,SignDecay,ClipGrad,ClipNorm,AccumGrad}
+is_elementwise(rule) = rule isa ElementwiseRule
+is_elementwise(rule::OptimiserChain) = all(is_elementwise, rule.opts)
+
 "Of one panel: the activations before and after each layer, and the gradients of those after it."
 struct Workspace
     activations::Vector{Matrix{Float32}}
@@ -109,35 +152,61 @@ struct Workspace
 end
 
 function workspace(layers, width)
-    sizes = [size(first(layers).dW, 2); map(layer -> size(layer.dW, 1), layers)]
+    sizes = [inputs(first(layers)); map(outputs, layers)]
     return Workspace([zeros(Float32, width, n) for n in sizes], [zeros(Float32, width, n) for n in sizes[2:end]])
 end
 
-"A perceptron in training, for [`step!`](@ref), and what that needs again and again. It is of the masks as they are now."
-struct SparseTrainer{M}
-    model::M
-    layers::Vector{TrainedLayer}
-    workspaces::Dict{Int,Vector{Workspace}} # by width
+const Slopes = @NamedTuple{weight::Array{Float32}, bias::Vector{Float32}}
+
+"""
+A perceptron in training, for [`step!`](@ref), and what that needs again and again. It is of the masks as they are now. Between
+the first step and `store!`, it has the kept weights and their memory, and the model what they were before.
+"""
+mutable struct SparseTrainer{M}
+    const model::M
+    const layers::Vector{TrainedLayer}
+    const workspaces::Dict{Int,Vector{Workspace}} # by width
+    const slopes::Vector{Vector{Slopes}} # by task and layer
+    loaded::Bool
 end
 
 """
-    trainer(model)
+    trainer(model, opt)
 
 What [`step!`](@ref) trains fastest as long as masks stay as they are: the model, or, of a `Chain` of `PrunableDense` with few
-weights left, a `SparseTrainer`.
+weights left, a `SparseTrainer`. After the last step, even if it throws, call [`store!`](@ref).
 """
-function trainer(model)
-    model isa Chain && all(layer -> layer isa TrainedSparse, model.layers) && allunique(model.layers) &&
-        density(model) <= TRAINED_SPARSE || return model
-    return SparseTrainer(model, map(TrainedLayer, collect(PrunableDense, model.layers)), Dict{Int,Vector{Workspace}}())
+function trainer(model, opt)
+    model isa Chain && all(layer -> layer isa TrainedSparse, model.layers) && density(model) <= TRAINED_SPARSE || return model
+    layers = collect(PrunableDense, values(model.layers))
+    memories = map(inner, values(opt.layers), layers)
+    leaves = [leaf for (; weight, bias) in memories for leaf in (weight, bias) if leaf isa Optimisers.Leaf]
+    allunique(objectid, leaves) && all(leaf -> is_elementwise(leaf.rule), leaves) || return model
+    trained = map((layer, memory) -> TrainedLayer(layer, memory, layer === first(layers)), layers, memories)
+    return SparseTrainer(model, trained, Dict{Int,Vector{Workspace}}(), Vector{Slopes}[], false)
+end
+
+"Put what a trainer has into its model and optimiser state; return the model."
+store!(model) = model
+function store!(trainer::SparseTrainer)
+    trainer.loaded && foreach(store!, trainer.layers)
+    trainer.loaded = false
+    return trainer.model
+end
+
+function load!(trainer::SparseTrainer)
+    trainer.loaded || foreach(load!, trainer.layers)
+    trainer.loaded = true
+    return trainer
 end
 
 function step!(loss, trainer::SparseTrainer, opt, x, y)
     (; model, layers) = trainer
-    n = size(x, 2)
-    x isa Matrix{Float32} && n > 1 || return step!(loss, model, opt, x, y)
-    Flux._size_check(first(model), x, 1 => size(first(layers).dW, 2))
+    x isa Matrix{Float32} || return step!(loss, store!(trainer), opt, x, y)
+    Flux._size_check(first(model), x, 1 => inputs(first(layers)))
+    load!(trainer)
     foreach(layer -> refresh!(layer.products), layers)
+    n = size(x, 2)
     threads = all(layer -> layer.products isa SparseProducts, layers) ? Threads.nthreads() : 1 # BLAS has its own
     width = LANES * clamp(cld(n, LANES * threads), 1, MAX_VECTORS)
     panels = collect(Iterators.partition(1:n, width))
@@ -146,33 +215,34 @@ function step!(loss, trainer::SparseTrainer, opt, x, y)
         push!(spaces, workspace(layers, width))
     end
     groups = collect(Iterators.partition(eachindex(panels), cld(length(panels), threads)))
+    while length(trainer.slopes) < length(groups)
+        push!(trainer.slopes, [(weight = slopes(layer.products), bias = zeros(Float32, outputs(layer))) for layer in layers])
+    end
 
-    ŷ = Matrix{Float32}(undef, size(last(layers).dW, 1), n)
-    in_tasks(groups) do group
+    ŷ = Matrix{Float32}(undef, outputs(last(layers)), n)
+    in_tasks(groups) do _, group
         foreach(p -> forward_panel!(ŷ, spaces[p], layers, x, panels[p], width), group)
     end
     value, (dŷ,) = Flux.withgradient(ŷ -> loss(ŷ, y), ŷ)
     isfinite(value) || throw(DomainError(value, "the training loss is not finite; try a lower learning rate"))
-    of_groups = in_tasks(groups) do group
-        sums = map(layer -> (weight = slopes(layer.products), bias = zeros(Float32, size(layer.dW, 1))), layers)
-        foreach(p -> backward_panel!(sums, spaces[p], layers, dŷ, panels[p], width), group)
-        sums
+    in_tasks(groups) do task, group
+        foreach(fill_zero!, trainer.slopes[task])
+        foreach(p -> backward_panel!(trainer.slopes[task], spaces[p], layers, dŷ, panels[p], width), group)
     end
-    gradient = (layers = [gradient_of(layer, map(sums -> sums[i], of_groups)) for (i, layer) in enumerate(layers)],)
-    masked_update!(opt, model, gradient)
+    for (i, layer) in enumerate(layers)
+        total = trainer.slopes[1][i]
+        for task in 2:length(groups)
+            foreach((sum, part) -> sum .+= part, total, trainer.slopes[task][i])
+        end
+        update!(layer, total)
+    end
     return value
 end
 
-in_tasks(f, groups) = length(groups) == 1 ? [f(only(groups))] : map(fetch, map(group -> Threads.@spawn(f(group)), groups))
+fill_zero!(slopes) = foreach(part -> fill!(part, 0), slopes)
 
-function gradient_of(layer, slopes)
-    for other in slopes[2:end]
-        slopes[1].weight .+= other.weight
-        slopes[1].bias .+= other.bias
-    end
-    scatter!(layer.dW, slopes[1].weight, layer.products)
-    return (dense = (weight = layer.dW, bias = layer.has_bias ? slopes[1].bias : nothing, σ = nothing), mask = nothing)
-end
+in_tasks(f, groups) = length(groups) == 1 ? f(1, only(groups)) :
+                      foreach(wait, [Threads.@spawn(f(i, group)) for (i, group) in enumerate(groups)])
 
 function forward_panel!(ŷ, space, layers, x, samples, width)
     (; activations) = space
