@@ -134,7 +134,7 @@ def bench(
             y = rng.integers(0, sizes[-1], len(x))
             training = {"PyTorch, masks": peers.torch_training(net, x, y, batch)}
             ours: peers.Work = peers.JuliaTraining(net, x, y, batch)
-            rows += compare("training step", batch, sparsity, ours, training, repeats)
+            rows += compare("training step", batch, sparsity, ours, training, repeats, BATCHES)
             x = x[:batch]
             with peers.inference(net.layers, x, threads, list(found), deepsparse) as others:
                 for name, work in others.items():
@@ -147,14 +147,23 @@ def bench(
 
 
 def compare(
-    what: str, batch: int, sparsity: Sparsity, ours: peers.Work, others: Mapping[str, peers.Work], repeats: int
+    what: str,
+    batch: int,
+    sparsity: Sparsity,
+    ours: peers.Work,
+    others: Mapping[str, peers.Work],
+    repeats: int,
+    least: int = 1,
 ) -> list[Row]:
-    """Measure our work and that of each peer in turn, over and over, and return the rows of the best times."""
+    """Measure our work and that of each peer in turn, over and over, and return the rows of the best times.
+
+    A measurement takes at least so many calls: what comes once before them should not count.
+    """
     works = [ours, *others.values()]
     calls = []
     for work in works:
         work.seconds(1)
-        calls.append(min(MAX_CALLS, 1 + int(SECONDS / work.seconds(3) * 3)))
+        calls.append(min(MAX_CALLS, max(least, 1 + int(SECONDS / work.seconds(3) * 3))))
     best = [np.inf] * len(works)
     for _ in range(repeats):
         for i, work in enumerate(works):
