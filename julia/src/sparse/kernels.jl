@@ -31,16 +31,22 @@ struct SparseKernel
 end
 
 function SparseKernel(W, mask, bias, relu)
-    kernel, places = packed(mask, bias, relu)
+    kernel, places = packed(permutedims(mask), (size(W, 1), 1), bias, relu)
     kernel.values .= @view W[places]
     return kernel
 end
 
-"A kernel with weights yet to be filled in, and where in the mask's array each has its place."
-function packed(mask, bias, relu)
-    outputs, inputs = size(mask)
-    kept = permutedims(mask) # the inputs of an output side by side
-    blocks, rows, counts, columns, places = Int[1], Int32[], Int32[], UInt8[], Int32[]
+"""
+A kernel with weights yet to be filled in, and where in the weight's memory each has its place. `kept`, of size (inputs,
+outputs), is `true` where weights are, and `strides` are the distances in that memory from one input, and from one output,
+to the next.
+"""
+function packed(kept, strides, bias, relu)
+    inputs, outputs = size(kept)
+    n = count(kept)
+    blocks, rows, counts = Int[1], Int32[], Int32[]
+    columns, places = Vector{UInt8}(undef, n + 1), Vector{Int32}(undef, n + 1)
+    k = 1
     for start in 1:BLOCK:inputs
         block = start:min(start + BLOCK - 1, inputs)
         numbers = [count(view(kept, block, i)) for i in 1:outputs]
@@ -49,16 +55,16 @@ function packed(mask, bias, relu)
             numbers[i] == 0 && first(block) > 1 && last(block) < inputs && continue
             push!(rows, i - 1)
             push!(counts, numbers[i])
-            for j in block
-                kept[j, i] || continue
-                push!(columns, j - first(block))
-                push!(places, (j - 1) * outputs + i)
+            @inbounds for j in block # written first and kept or not after, as which are kept cannot be predicted
+                columns[k] = (j - start) % UInt8
+                places[k] = ((j - 1) * strides[1] + (i - 1) * strides[2] + 1) % Int32
+                k += kept[j, i]
             end
         end
         push!(blocks, length(rows) + 1)
     end
-    values = zeros(Float32, length(places))
-    return SparseKernel(inputs, outputs, relu, bias, blocks, rows, counts, columns, values), places
+    kernel = SparseKernel(inputs, outputs, relu, bias, blocks, rows, counts, resize!(columns, n), zeros(Float32, n))
+    return kernel, resize!(places, n)
 end
 
 "The kept weights of a layer for single samples, output by output."

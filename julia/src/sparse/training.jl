@@ -18,14 +18,13 @@ struct SparseProducts
 end
 
 function SparseProducts(mask, bias, relu; is_first)
-    forward, places = packed(mask, bias, relu)
-    is_first && return SparseProducts(forward, places, nothing, Int32[])
     outputs, inputs = size(mask)
-    backward, transposed_places = packed(permutedims(mask), zeros(Float32, inputs), false)
+    forward, places = packed(permutedims(mask), (outputs, 1), bias, relu)
+    is_first && return SparseProducts(forward, places, nothing, Int32[])
+    backward, backward_places = packed(mask, (1, outputs), zeros(Float32, inputs), false)
     position = Vector{Int32}(undef, length(mask))
     position[places] = eachindex(places)
-    order = map(place -> position[(mod1(place, inputs) - 1) * outputs + fld1(place, inputs)], transposed_places)
-    return SparseProducts(forward, places, backward, order)
+    return SparseProducts(forward, places, backward, position[backward_places])
 end
 
 forward!(y, x, products::SparseProducts, width) = multiply!(y, x, products.forward, Val(width ÷ LANES))
