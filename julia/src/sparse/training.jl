@@ -2,7 +2,7 @@
 # the gradient of kept weights only. What is chosen depends on densities alone, never on a measurement, so that a run
 # that is repeated or resumed gives the same numbers.
 
-"Density up to which a layer, and a network, is trained on its kept weights only; above, BLAS is faster."
+"Density up to which a network is trained on its kept weights only; above, BLAS is faster."
 const TRAINED_SPARSE = 0.5
 
 """
@@ -33,9 +33,6 @@ slopes(products::SparseProducts) = zeros(Float32, length(products.places))
 add_slopes!(slopes, dy, x, products::SparseProducts, width) =
     add_slopes!(slopes, dy, x, products.forward, Val(width ÷ LANES))
 
-"What the gradient is taken of, and its mask."
-trained_weight(products::SparseProducts) = products.forward.values, nothing
-
 "Take up the weights as the last update has left them."
 function refresh!((; forward, backward, order)::SparseProducts)
     isnothing(backward) || @inbounds for k in eachindex(order)
@@ -44,32 +41,12 @@ function refresh!((; forward, backward, order)::SparseProducts)
     return nothing
 end
 
-"The same products with all weights, on BLAS."
-struct DenseProducts
-    W::Matrix{Float32}
-    mask::Matrix{Bool}
-    bias::Vector{Float32}
-    relu::Bool
-end
-
-backward!(dx, dy, products::DenseProducts, width) = mul!(dx, dy, products.W)
-slopes(products::DenseProducts) = zero(products.W)
-add_slopes!(slopes, dy, x, products::DenseProducts, width) = mul!(slopes, dy', x, true, true)
-trained_weight(products::DenseProducts) = products.W, products.mask
-refresh!(::DenseProducts) = nothing
-
-function forward!(y, x, products::DenseProducts, width)
-    (; W, bias, relu) = products
-    mul!(y, x, W')
-    return y .= relu ? max.(y .+ bias', 0) : y .+ bias'
-end
-
 """
 A layer in training: its products, the activation where kernels do not apply it, and the optimiser's memory, both as the
 optimiser has it and as the products need it.
 """
 mutable struct TrainedLayer
-    const products::Union{SparseProducts,DenseProducts}
+    const products::SparseProducts
     const after::Any
     const σ::Any
     const W::Matrix{Float32}
@@ -82,8 +59,7 @@ end
 function TrainedLayer(layer::PrunableDense, memory, is_first)
     (; weight, bias, σ) = layer.dense
     relu, b = σ === NNlib.relu, bias === false ? zeros(Float32, size(weight, 1)) : bias
-    products = density(layer) <= TRAINED_SPARSE ? SparseProducts(layer.mask, b, relu; is_first) :
-               DenseProducts(weight, layer.mask, b, relu)
+    products = SparseProducts(layer.mask, b, relu; is_first)
     after = relu || σ === identity ? nothing : NNlib.fast_act(σ, weight)
     return TrainedLayer(products, after, σ, weight, layer.mask, bias, memory, memory.weight)
 end
@@ -91,18 +67,16 @@ end
 inputs(layer::TrainedLayer) = size(layer.W, 2)
 outputs(layer::TrainedLayer) = size(layer.W, 1)
 
-load!(layer::TrainedLayer) = load!(layer, layer.products)
-load!(layer, ::DenseProducts) = zero_pruned!(layer.W, layer.mask)
-function load!(layer, (; forward, places)::SparseProducts)
+function load!(layer::TrainedLayer)
+    (; forward, places) = layer.products
     forward.values .= @view layer.W[places]
     (; rule, state, frozen) = layer.memory.weight
     layer.of_weight = Optimisers.Leaf(rule, gathered(state, places, layer.W), frozen)
     return layer
 end
 
-store!(layer::TrainedLayer) = store!(layer, layer.products)
-store!(layer, ::DenseProducts) = layer
-function store!(layer, (; forward, places)::SparseProducts)
+function store!(layer::TrainedLayer)
+    (; forward, places) = layer.products
     zero_pruned!(layer.W, layer.mask)[places] = forward.values
     leaf = layer.memory.weight
     leaf.state = scattered!(leaf.state, layer.of_weight.state, places)
@@ -122,9 +96,7 @@ scattered!(state, now, places) = now
 function update!(layer::TrainedLayer, slopes)
     (; weight, bias) = layer.memory
     layer.of_weight.rule, layer.of_weight.frozen = weight.rule, weight.frozen # which may have been adjusted
-    W, mask = trained_weight(layer.products)
-    isnothing(mask) || mask!(slopes.weight, mask)
-    weight.frozen || update_leaf!(weight.rule, layer.of_weight, W, slopes.weight, mask)
+    weight.frozen || update_leaf!(weight.rule, layer.of_weight, layer.products.forward.values, slopes.weight, nothing)
     layer.bias === false || bias.frozen || update_leaf!(bias.rule, bias, layer.bias, slopes.bias, nothing)
     return layer
 end
@@ -155,7 +127,7 @@ function workspace(layers, width)
     return Workspace([zeros(Float32, width, n) for n in sizes], [zeros(Float32, width, n) for n in sizes[2:end]])
 end
 
-const Slopes = @NamedTuple{weight::Array{Float32}, bias::Vector{Float32}}
+const Slopes = @NamedTuple{weight::Vector{Float32}, bias::Vector{Float32}}
 
 """
 A perceptron in training, for [`step!`](@ref), and what that needs again and again. It is of the masks as they are now. Between
@@ -206,7 +178,7 @@ function step!(loss, trainer::SparseTrainer, opt, x, y)
     load!(trainer)
     foreach(layer -> refresh!(layer.products), layers)
     n = size(x, 2)
-    threads = all(layer -> layer.products isa SparseProducts, layers) ? Threads.nthreads() : 1 # BLAS has its own
+    threads = Threads.nthreads()
     width = LANES * clamp(cld(n, LANES * threads), 1, MAX_VECTORS)
     panels = collect(Iterators.partition(1:n, width))
     spaces = get!(Vector{Workspace}, trainer.workspaces, width)
