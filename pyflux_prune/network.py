@@ -137,15 +137,16 @@ class Network:
     def sparsify(self, *, kernels: Kernels | Sequence[str] = "auto") -> SparseNetwork:
         """Return the network as a function for inference whose work is proportional to the weights that are kept.
 
-        On Julia, batches are computed in panels of 64 samples by vectorised sparse kernels, on all of its threads.
-        A layer that is not sparse enough stays dense. The PyTorch engine uses torch's CSR matrices.
+        On Julia, batches are computed in panels of up to 64 samples by vectorised sparse kernels, on all of its
+        threads. A layer that is not sparse enough stays dense. The PyTorch engine uses torch's CSR matrices for
+        dense layers, and leaves convolutions as they are.
 
         Args:
             kernels: "auto" takes, layer by layer, what is faster on this machine; "sparse" and "dense" force it,
                 for all layers or one per layer.
 
         Raises:
-            InvalidInput: the network has other than dense layers, or ``kernels`` is none of these.
+            InvalidInput: ``kernels`` is none of these.
 
         """
         chosen = kernels if isinstance(kernels, str) else tuple(kernels)
@@ -156,9 +157,7 @@ class Network:
                 f"kernels must be one of {', '.join(known)}, or a list with one of these for each of the "
                 f"{len(self.layers)} layers, not {kernels!r}"
             )
-        if not all(type(part) is Layer for part in self.parts):
-            raise InvalidInput("net must have dense layers only to be sparsified")
-        return SparseNetwork(self.model.sparsify(chosen), self.features, self.density)
+        return SparseNetwork(self.model.sparsify(chosen), self.features, self.input_shape, self.density)
 
     def save(self, path: str | PathLike[str], *, sparse: bool = False) -> None:
         """Write a safetensors model file; with ``sparse``, only the kept values and the masks' bits.
@@ -250,24 +249,32 @@ class SparseNetwork:
     It is the network as it was then; masks and weights that change later do not reach it.
     """
 
-    def __init__(self, function: Callable[[Float], tuple[Float, bool]], features: int, density: float) -> None:
+    def __init__(
+        self,
+        function: Callable[[Float], tuple[Float, bool]],
+        features: int,
+        input_shape: tuple[int, ...],
+        density: float,
+    ) -> None:
         """Wrap an engine's function, which also tells whether all inputs were finite."""
-        self._function, self._features, self._density = function, features, density
+        self._function, self._density = function, density
+        self._features, self._input_shape = features, input_shape
 
     def __call__(self, x: object) -> Float:
-        """Return the outputs (samples, outputs) for ``x`` (samples, features), or (outputs,) for one sample.
+        """Return the outputs (samples, outputs) for ``x``, or (outputs,) for one sample, as the network does.
 
         Raises:
             InvalidInput: ``x`` has the wrong shape, is not numeric, or holds NaN or infinity.
 
         """
         array = np.asarray(x)
-        samples = array[None] if array.ndim == 1 else array
-        outputs, finite = self._function(as_inputs(samples, self._features))
+        is_one = array.ndim == 1 or array.shape == self._input_shape
+        samples = array[None] if is_one else array
+        outputs, finite = self._function(as_inputs(samples, self._features, self._input_shape))
         if not finite:
-            check_inputs(samples, self._features)
+            check_inputs(samples, self._features, self._input_shape)
         one: Float = outputs[0]
-        return one if array.ndim == 1 else outputs
+        return one if is_one else outputs
 
     def __repr__(self) -> str:
         """Return the density."""

@@ -8,13 +8,14 @@ using MLUtils: BatchView, obsview
 using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
-using PrunableFlux: PrunableFlux, Global, Layerwise, Prunable, PrunableConv, PrunableDense, canonical, evaluate, flipped,
-                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer, zero_pruned!
+using PrunableFlux: PrunableFlux, Global, Layerwise, Prunable, PrunableConv, PrunableDense, SparseNetwork, canonical, evaluate,
+                    features, flipped, host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer,
+                    zero_pruned!
 import PythonCall
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
 
-borrow(::Type{T}, address, dims...) where {T} = unsafe_wrap(Array, Ptr{T}(UInt(address)), dims)
+borrow(::Type{T}, address, dims...) where {T} = unsafe_wrap(Array, Ptr{T}(UInt(address)), map(Int, dims))
 
 # Row-major in NumPy, column-major here: weights and masks are copied, both ways.
 rows(::Type{T}, address, outputs, inputs) where {T} = permutedims(borrow(T, address, inputs, outputs))
@@ -45,6 +46,7 @@ flatten() = Flux.flatten
 network(parts...) = Chain(all(part -> part isa PrunableDense, parts) ? PrunableDense[parts...] : Any[parts...])
 
 outputs(model) = size(last(model.layers).mask, 1)
+outputs(network::SparseNetwork) = PrunableFlux.outputs(network)
 
 weight(model, i) = zero_pruned!(PrunableFlux.weight(model[i]), model[i].mask)
 mask(model, i) = model[i].mask
@@ -114,11 +116,27 @@ end
 
 compact(model) = network(PrunableFlux.compact(model).layers...)
 
-sparsify(model, kernels) =
-    PrunableFlux.sparsify(model; kernels = kernels isa AbstractString ? Symbol(kernels) : map(Symbol, collect(kernels)))
+sparsify(model, kernels, sizes) = PrunableFlux.sparsify(
+    model; kernels = kernels isa AbstractString ? Symbol(kernels) : map(Symbol, collect(kernels)), input_size = sizes)
 
-infer!(network, y, outputs, x, features, n) =
-    PrunableFlux.infer!(borrow(Float32, y, outputs, n), network, borrow(Float32, x, features, n))
+address(network) = UInt(pointer_from_objref(network))
+
+"""
+The address of a C function `int (network, y, x, n)` that writes the outputs for `n` samples at `x` to `y` and returns whether
+these are finite, or -1 if something was thrown. Calling it takes a tenth of the time of a call with conversions.
+"""
+infer_function() = UInt(@cfunction(infer_at, Cint, (Ptr{Cvoid}, Ptr{Float32}, Ptr{Float32}, Csize_t)))
+
+function infer_at(network, y, x, n)
+    try
+        return Cint(infer!(unsafe_pointer_to_objref(network)::SparseNetwork, y, x, n))
+    catch
+        return Cint(-1)
+    end
+end
+
+infer!(network, y, x, n) =
+    PrunableFlux.infer!(borrow(Float32, y, outputs(network), n), network, borrow(Float32, x, features(network), n))
 
 "A training run over given batches that can be left and taken up again between two steps."
 mutable struct Steps{M,O,B}
@@ -186,8 +204,11 @@ end
         end
         model = first(perceptrons)
         scores(model, choice("OBD"), at(x), 4, at(y), 12)
-        sparse = sparsify(model, "auto")
-        foreach(n -> infer!(sparse, at(fast), 3, at(x), 4, n), (1, 12))
+        for (model, sizes) in ((model, 4), (images, (4, 4, 1)))
+            sparse = sparsify(model, "auto", sizes)
+            infer_function(), address(sparse)
+            foreach(n -> infer!(sparse, at(fast), at(x), n), (1, 12))
+        end
     end
 end
 

@@ -28,7 +28,7 @@ using Optimisers: Optimisers, AccumGrad, AdaBelief, AdaDelta, AdaGrad, AdaMax, A
                   Momentum, NAdam, Nesterov, OAdam, OptimiserChain, RAdam, RMSProp, SignDecay, WeightDecay
 using PrecompileTools: @compile_workload, @setup_workload
 using Random: Random, AbstractRNG, Xoshiro
-using SIMD: Vec, shufflevector, vload, vstore
+using SIMD: Vec, shufflevector, vifelse, vload, vstore
 
 export PrunableDense, PrunableConv, prunable, unprunable, prunables, sparsity, density, mask!
 export saliency, Magnitude, Threshold, RandomSaliency, Taylor, SNIP, GraSP, Movement, SynFlow, OBD, OBS, Wanda,
@@ -65,6 +65,8 @@ include("compact.jl")
 include("sensitivity.jl")
 include("lottery.jl")
 include("sparse/kernels.jl")
+include("sparse/windows.jl")
+include("sparse/single.jl")
 include("sparse/sparsify.jl")
 include("sparse/training.jl")
 include("precompile.jl")

@@ -1,7 +1,7 @@
 # Most of the time is compilation, so that two processes take half of it. The longest files come first.
 using Distributed, Test
 
-const FILES = ["conv", "saliency", "quality", "training", "strategies", "recurrent", "experiment", "structure", "sparse",
+const FILES = ["conv", "saliency", "quality", "training", "strategies", "recurrent", "experiment", "structure", "sparse", "windows",
                "device", "layers", "selection", "schedule"]
 
 addprocs(2; exeflags = Base.julia_cmd().exec[2:end])

@@ -145,8 +145,7 @@ class Model(ABC):
     def sparsify(self, kernels: Kernels) -> Callable[[Float], tuple[Float, bool]]:
         """Return the network as a function from (samples, features) to (samples, outputs) that uses sparsity.
 
-        With the outputs it returns whether all inputs are finite. It is of the network as it is now. Raises
-        InvalidInput for other than dense layers.
+        With the outputs it returns whether all inputs are finite. It is of the network as it is now.
         """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.metadata
 import io
@@ -148,6 +149,12 @@ def _bridge() -> Any:
     return start().seval("Base.get_extension(PrunableFlux, :PrunableFluxPythonCallExt)")
 
 
+@functools.cache
+def _infer_function() -> Callable[[int, int, int, int], int]:
+    kind = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    return kind(int(_bridge().infer_function()))
+
+
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     """Turn what Julia throws at bad input into this package's exceptions."""
@@ -183,7 +190,8 @@ def _at(array: npt.NDArray[Any] | None) -> int:
     if array is None:
         return 0
     assert array.flags.c_contiguous
-    return array.ctypes.data
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class JuliaModel(Model):
@@ -291,14 +299,19 @@ class JuliaModel(Model):
             return JuliaModel(self._like, _bridge().compact(self._model))
 
     def sparsify(self, kernels: Kernels) -> Callable[[Float], tuple[Float, bool]]:
-        """Return a function that multiplies with what is kept only, or on BLAS where that is faster."""
+        """Return a function that multiplies with what is kept only, or with all where that is faster."""
+        bridge = _bridge()
         with _translated():
-            network = _bridge().sparsify(self._model, kernels)
-        infer, outputs = getattr(_bridge(), "infer!"), len(self.layers()[-1].weight)
+            network = bridge.sparsify(self._model, kernels, self._sizes())
+        call, place, outputs = _infer_function(), int(bridge.address(network)), len(self.layers()[-1].weight)
+        infer = getattr(bridge, "infer!")
 
         def fast(x: Float) -> tuple[Float, bool]:
             y = np.empty((len(x), outputs), np.float32)
-            return y, infer(network, _at(y), outputs, _at(x), x.shape[1], len(x))
+            finite = call(place, _at(y), _at(x), len(x))
+            if finite < 0:
+                finite = infer(network, _at(y), _at(x), len(x))  # throws what was thrown, with its message
+            return y, bool(finite)
 
         return fast
 

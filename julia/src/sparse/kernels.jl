@@ -67,42 +67,6 @@ function packed(kept, strides, bias, relu)
     return kernel, resize!(places, n)
 end
 
-"The kept weights of a layer for single samples, output by output."
-struct SparseRows
-    inputs::Int
-    outputs::Int
-    relu::Bool
-    bias::Vector{Float32}
-    pointers::Vector{Int32} # where the weights of each output begin, and the end
-    indices::Vector{Int32} # inputs, from 1
-    weights::Vector{Float32}
-end
-
-function SparseRows(W, mask, bias, relu)
-    by_output = [findall(row) for row in eachrow(mask)]
-    pointers = cumsum([1; map(length, by_output)])
-    indices = reduce(vcat, by_output)
-    weights = reduce(vcat, (W[i, kept] for (i, kept) in enumerate(by_output)))
-    return SparseRows(size(W, 2), size(W, 1), relu, bias, pointers, indices, weights)
-end
-
-"All weights of a layer: `packed`, GROUP outputs side by side, for panels, and as BLAS takes them for single samples."
-struct DenseKernel
-    inputs::Int
-    outputs::Int
-    relu::Bool
-    bias::Vector{Float32}
-    packed::Array{Float32,3} # (GROUP, inputs, groups)
-    W::Matrix{Float32}
-end
-
-function DenseKernel(W, bias, relu)
-    outputs, inputs = size(W)
-    padded = zeros(Float32, cld(outputs, GROUP) * GROUP, inputs)
-    padded[1:outputs, :] = W
-    return DenseKernel(inputs, outputs, relu, bias, permutedims(reshape(padded, GROUP, :, inputs), (1, 3, 2)), W)
-end
-
 """
 Samples as they were given, column-major (features, samples). A sparse kernel takes them block by block of features,
 transposed into `block`, which so stays in the fastest cache.
@@ -123,6 +87,9 @@ function block(x::Rows, b, ::Val{V}) where {V}
                                 min(BLOCK, x.features - start), x.samples)
     return x.block
 end
+
+inputs(kernel::SparseKernel) = kernel.inputs
+outputs(kernel::SparseKernel) = kernel.outputs
 
 "`y = W * x .+ bias` and the fused activation for panels of V vectors: `x` is (samples, inputs), `y` (samples, outputs)."
 function multiply!(y::Matrix{Float32}, x::Union{Matrix{Float32},Rows}, kernel::SparseKernel, ::Val{V}) where {V}
@@ -159,20 +126,20 @@ end
         pair = vload(Vec{2,Float32}, values + k * sizeof(Float32))
         both = unsafe_load(Ptr{UInt16}(columns + k)) % UInt32
         first, second = ENDIAN_BOM == 0x04030201 ? (both & 0xff, both >> 8) : (both >> 8, both & 0xff)
-        sums = add_product(sums, splat(pair, Val(0)), x + first * V * sizeof(Lane), Val(V))
-        sums = add_product(sums, splat(pair, Val(1)), x + second * V * sizeof(Lane), Val(V))
+        sums = add_product(sums, splat(pair, Val(0)), x + first * V * sizeof(Lane))
+        sums = add_product(sums, splat(pair, Val(1)), x + second * V * sizeof(Lane))
         k += 2
     end
     if k < count
         input = x + unsafe_load(columns, k + 1) * V * sizeof(Lane)
-        sums = add_product(sums, Lane(unsafe_load(values, k + 1)), input, Val(V))
+        sums = add_product(sums, Lane(unsafe_load(values, k + 1)), input)
     end
     return sums
 end
 
 @inline splat(vector, ::Val{i}) where {i} = shufflevector(vector, Val(ntuple(Returns(i), Val(LANES))))
-@inline add_product(sums, w, x, ::Val{V}) where {V} =
-    ntuple(v -> muladd(w, vload(Lane, x + (v - 1) * sizeof(Lane)), sums[v]), Val(V))
+@inline add_product(sums::NTuple{N}, w, x) where {N} =
+    ntuple(v -> muladd(w, vload(Lane, x + (v - 1) * sizeof(Lane)), sums[v]), Val(N))
 @inline load(p, ::Val{V}, stride = sizeof(Lane)) where {V} = ntuple(v -> vload(Lane, p + (v - 1) * stride), Val(V))
 @inline store!(p, vectors, ::Val{V}, stride = sizeof(Lane)) where {V} =
     ntuple(v -> (vstore(vectors[v], p + (v - 1) * stride); nothing), Val(V))
@@ -225,61 +192,6 @@ end
     quarters = quarterwise(ab, cd, Val((0, 1, 16, 17))) + quarterwise(ab, cd, Val((2, 3, 18, 19)))
     halves = shufflevector(quarters, Val(ntuple(i -> i - 1, Val(8)))) + shufflevector(quarters, Val(ntuple(i -> i + 7, Val(8))))
     return shufflevector(halves, Val((0, 1, 2, 3))) + shufflevector(halves, Val((4, 5, 6, 7)))
-end
-
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::DenseKernel, ::Val{V}) where {V}
-    (; inputs, outputs, bias, relu) = kernel
-    GC.@preserve x y kernel for group in 0:(cld(outputs, GROUP) - 1)
-        weights = pointer(kernel.packed) + group * GROUP * inputs * sizeof(Float32)
-        sums = add_rows(pointer(x), weights, inputs, Val(V))
-        for i in 1:min(GROUP, outputs - group * GROUP)
-            b = bias[group * GROUP + i]
-            row = map(s -> relu ? max(s + b, zero(s)) : s + b, sums[i])
-            store!(pointer(y) + (group * GROUP + i - 1) * V * sizeof(Lane), row, Val(V))
-        end
-    end
-    return y
-end
-
-@inline function add_rows(x, weights, inputs, ::Val{V}) where {V}
-    sums = ntuple(_ -> ntuple(_ -> zero(Lane), Val(V)), Val(GROUP))
-    for k in 0:(inputs - 1)
-        sums = add_row(sums, load(x + k * V * sizeof(Lane), Val(V)), weights + k * GROUP * sizeof(Float32))
-    end
-    return sums
-end
-
-@inline add_row(sums, input, weights) =
-    ntuple(i -> (w = Lane(unsafe_load(weights, i)); map((s, x) -> muladd(w, x, s), sums[i], input)), Val(GROUP))
-
-"The same for one sample."
-function multiply!(y::Vector{Float32}, x::Vector{Float32}, rows::SparseRows)
-    (; pointers, indices, weights, bias, relu) = rows
-    @inbounds for i in eachindex(bias)
-        k, stop = pointers[i] % Int, pointers[i + 1] % Int
-        a = b = c = d = 0.0f0
-        while k + 3 < stop
-            a = muladd(weights[k], x[indices[k]], a)
-            b = muladd(weights[k + 1], x[indices[k + 1]], b)
-            c = muladd(weights[k + 2], x[indices[k + 2]], c)
-            d = muladd(weights[k + 3], x[indices[k + 3]], d)
-            k += 4
-        end
-        while k < stop
-            a = muladd(weights[k], x[indices[k]], a)
-            k += 1
-        end
-        sum = ((a + b) + (c + d)) + bias[i]
-        y[i] = relu ? max(sum, 0.0f0) : sum
-    end
-    return y
-end
-
-function multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::DenseKernel)
-    out = view(y, 1:(kernel.outputs))
-    mul!(out, kernel.W, view(x, 1:(kernel.inputs)))
-    out .= kernel.relu ? max.(out .+ kernel.bias, 0) : out .+ kernel.bias
-    return y
 end
 
 """

@@ -1,33 +1,44 @@
-"A layer as it is computed in panels and for single samples; `σ` is `nothing` where kernels apply the activation."
+"""
+A part of a network as it is computed in panels, and, where it can be, for single samples; `σ` is `nothing` where kernels apply
+the activation.
+"""
 struct FastLayer
-    panels::Union{SparseKernel,DenseKernel}
-    single::Union{SparseRows,DenseKernel}
+    panels::Any
+    single::Union{SparseRows,PermutedRows,DenseKernel,Nothing}
     σ::Any
 end
 
 """
     SparseNetwork
 
-What [`sparsify`](@ref) returns: a function of inputs `(features, n)` or `(features,)`, for inference only. Several tasks
-may call it at once.
+What [`sparsify`](@ref) returns: a function of inputs `(features..., n)` or, of a network whose inputs are vectors,
+`(features,)`, for inference only. Several tasks may call it at once.
 """
-struct SparseNetwork
-    layers::Vector{FastLayer}
-    scratch::Channel{NTuple{2,Matrix{Float32}}}
+mutable struct SparseNetwork
+    const layers::Vector{FastLayer}
+    const sizes::Vector{Dims} # of the inputs, and of the outputs of each layer with weights
+    const density::Float64
+    const vectors::Int # in the widest panel
+    const scratch::Channel{NTuple{2,Matrix{Float32}}}
 end
 
+"Memory that a panel of the largest activations of a convolutional network may take: half of what a core usually has to itself."
+const PANEL_BYTES = 2^19
+
 """
-    sparsify(model; kernels = :auto) -> SparseNetwork
+    sparsify(model; kernels = :auto, input_size = nothing) -> SparseNetwork
 
 The network as a function whose work is proportional to the weights that are kept: outputs as those of `model` to
-rounding, `(outputs, n)` for inputs `(features, n)`, in `Float32`. For a `Chain` of prunable layers without convolutions, in test
-mode; later changes of `model` do not reach it. It uses the threads that Julia was started with, for batches.
+rounding, `(outputs, n)` for inputs `(features, n)`, in `Float32`. For a `Chain` of prunable layers (without `groups`) with, between
+them, `BatchNorm`, `Dropout`, pooling and `Flux.flatten`, in test mode; later changes of `model` do not reach it. It uses
+the threads that Julia was started with, for batches. If the first layer is a convolution, `input_size` is needed, the size of
+a sample `(width, height, channels)`.
 
 A layer that is not sparse enough stays dense. With `:auto` both kernels are timed on random inputs, for batches and for
 single samples, and the faster is taken; `:sparse` and `:dense`, for the network or one per layer, force the choice.
 Inputs must be finite.
 
-Throws `ArgumentError` for other models and other `kernels`.
+Throws `ArgumentError` for other models and other `kernels`, and `DimensionMismatch` for an `input_size` that does not fit.
 
 # Examples
 ```jldoctest
@@ -40,49 +51,134 @@ julia> x = rand(Float32, 784, 100); fast(x) ≈ model(x)
 true
 ```
 """
-function sparsify(model; kernels = :auto)
-    layers = perceptron(model)
-    choices = kernels isa Symbol ? fill(kernels, length(layers)) : kernels
+function sparsify(model; kernels = :auto, input_size = nothing)
+    layers, parts = sequence(model)
+    choices = kernels isa Symbol ? fill(kernels, length(layers)) : collect(Symbol, kernels)
     length(choices) == length(layers) && all(in((:auto, :sparse, :dense)), choices) || throw(ArgumentError(
         "kernels must be :auto, :sparse or :dense, or one of these per layer ($(length(layers))), not $kernels"))
-    fast = map(fast_layer, layers, choices)
-    width = maximum(layer -> maximum(size(layer.mask)), layers)
-    scratch = Channel{NTuple{2,Matrix{Float32}}}(2 * Threads.nthreads())
-    foreach(_ -> put!(scratch, Tuple(zeros(Float32, MAX_VECTORS * LANES, width) for _ in 1:2)), 1:(2 * Threads.nthreads()))
-    return SparseNetwork(fast, scratch)
+    size = input_dims(parts, input_size)
+    fast, sizes = FastLayer[], Dims[size]
+    for part in parts
+        made, size = fast_layers(part, size, part isa Prunable ? popfirst!(choices) : :auto)
+        append!(fast, made)
+        part isa Prunable && push!(sizes, size)
+    end
+    largest = maximum(layer -> max(inputs(layer.panels), outputs(layer.panels)), fast; init = 8) # where SPAN more fit in
+    fitting = any(part -> part isa PrunableConv, parts) ? PANEL_BYTES ÷ (largest * sizeof(Lane)) : MAX_VECTORS
+    vectors, buffers = clamp(fitting, 1, MAX_VECTORS), 2 * Threads.nthreads()
+    scratch = Channel{NTuple{2,Matrix{Float32}}}(buffers)
+    foreach(_ -> put!(scratch, Tuple(zeros(Float32, vectors * LANES, largest) for _ in 1:2)), 1:buffers)
+    return SparseNetwork(fast, sizes, density(model), vectors, scratch)
 end
 
-function fast_layer(layer, choice)
-    W, mask = Array{Float32}(weight(mask!(layer))), Array{Bool}(layer.mask)
-    b, σ = bias(layer) === false ? zeros(Float32, size(W, 1)) : Array{Float32}(bias(layer)), layer.dense.σ
-    fused = σ === NNlib.relu
-    after = fused || σ === identity ? nothing : NNlib.fast_act(σ, W)
-    dense = DenseKernel(W, b, fused)
-    for_panels, for_one = (SparseKernel(W, mask, b, fused), dense), (SparseRows(W, mask, b, fused), dense)
-    choice === :auto || (i = choice === :sparse ? 1 : 2; return FastLayer(for_panels[i], for_one[i], after))
-    panels = map(_ -> rand(Float32, MAX_VECTORS * LANES, maximum(size(W))), 1:2)
-    single = map(_ -> rand(Float32, maximum(size(W))), 1:2)
-    return FastLayer(for_panels[argmin(map(kernel -> seconds(multiply!, panels..., kernel, Val(MAX_VECTORS)), for_panels))],
-                     for_one[argmin(map(kernel -> seconds(multiply!, single..., kernel), for_one))], after)
+function input_dims(parts, given)
+    isnothing(given) || return map(Int, Tuple(given))
+    first_layer = parts[findfirst(part -> part isa Prunable, parts)]
+    first_layer isa PrunableDense || throw(ArgumentError(
+        "input_size must be given, (width, height, channels) of a sample, for a network whose first layer is a convolution"))
+    return (Base.size(first_layer.mask, 2),)
+end
+
+"What computes a part for samples of the given size, and the size of what comes out."
+fast_layers(part, size, choice) = FastLayer[], size # of `Dropout` and `identity`
+fast_layers(::typeof(Flux.flatten), size, choice) = FastLayer[], (prod(size),)
+
+function fast_layers(layer::PrunableDense, size, choice)
+    check_channels(layer, size, 1, Base.size(layer.mask, 2))
+    W, mask, b, relu, σ = for_kernels(layer)
+    dense = DenseKernel(Windows(Base.size(W, 2)), W, b, relu)
+    rows = SparseRows(W, mask, b, relu)
+    of_one = PERMUTES ? (rows, PermutedRows(W, mask, b, relu)) : (rows,)
+    panels = fastest(choice, (SparseKernel(W, mask, b, relu),), dense, panel(dense)...)
+    single = fastest(choice, of_one, dense, zeros(Float32, outputs(dense)), rand(Float32, inputs(dense) + SPAN))
+    return [FastLayer(panels, single, σ)], (length(b),)
+end
+
+function fast_layers(layer::PrunableConv, size, choice)
+    (; stride, pad, dilation) = layer.conv
+    kernel = Base.front(Base.front(Base.size(layer.mask)))
+    check_channels(layer, size, length(kernel) + 1, Base.size(layer.mask, length(kernel) + 1))
+    borders, padded = with_borders(size, pad, 0)
+    windows = Windows(padded, kernel, stride, dilation)
+    W, mask, b, relu, σ = for_kernels(layer)
+    dense = DenseKernel(windows, W, b, relu)
+    panels = fastest(choice, (SparseWindows(windows, W, mask, b, relu),), dense, panel(dense)...)
+    return [borders; FastLayer(panels, nothing, σ)], (windows.output..., length(b))
+end
+
+function fast_layers(norm::BatchNorm, size, choice)
+    norm.track_stats || throw(ArgumentError("BatchNorm must track its statistics to be sparsified"))
+    check_channels(norm, size, length(size), norm.chs)
+    (; λ, β, γ, μ, σ², ϵ, affine) = norm
+    scale = Array{Float32}((affine ? γ : 1) ./ sqrt.(σ² .+ ϵ))
+    shift = Array{Float32}((affine ? β : 0) .- μ .* scale)
+    return [FastLayer(Scaling(prod(size), scale, shift), nothing, λ === identity ? nothing : NNlib.fast_act(λ, scale))], size
+end
+
+function fast_layers(pool::Union{Flux.MaxPool,Flux.MeanPool}, size, choice)
+    (; k, pad, stride) = pool
+    return pooled(size, k, pad, stride, pool isa Flux.MeanPool)
+end
+fast_layers(pool::Union{Flux.GlobalMaxPool,Flux.GlobalMeanPool}, size, choice) =
+    pooled(size, Base.front(size), map(zero, Base.front(size)), map(one, Base.front(size)), pool isa Flux.GlobalMeanPool)
+function fast_layers(pool::Union{Flux.AdaptiveMaxPool,Flux.AdaptiveMeanPool}, size, choice)
+    places = Base.front(size)
+    stride = places .÷ pool.out
+    k = places .- (pool.out .- 1) .* stride
+    return pooled(size, k, map(zero, k), stride, pool isa Flux.AdaptiveMeanPool)
+end
+
+function pooled(size, k, pad, stride, mean)
+    borders, padded = with_borders(size, pad, mean ? 0 : -Inf)
+    windows = Windows(padded, k, stride, map(one, k))
+    return [borders; FastLayer(Pooling(windows, mean), nothing, nothing)], (windows.output..., last(size))
+end
+
+"A padding, if there is anything to pad, and the size of what comes out."
+function with_borders(size, pad, value)
+    n = length(size) - 1
+    before, behind = length(pad) == n ? (pad, pad) : (pad[1:2:end], pad[2:2:end])
+    all(iszero, pad) && return FastLayer[], size
+    padded = (Base.front(size) .+ before .+ behind..., last(size))
+    return [FastLayer(Padding(size, padded, (before..., 0), value), nothing, nothing)], padded
+end
+
+check_channels(part, size, dims, channels) = length(size) == dims && last(size) == channels || throw(DimensionMismatch(
+    "$(sprint(show, part)) takes $(dims - 1 == 0 ? "$channels features" : "$channels channels") but gets samples of size $size"))
+
+"What kernels need of a layer: its weight as a matrix (outputs, taps), mask, bias, whether they apply `relu`, and what they do not."
+function for_kernels(layer)
+    mask!(layer)
+    W, mask = Array{Float32}(taps_matrix(layer, weight(layer))), Array{Bool}(taps_matrix(layer, layer.mask))
+    b, σ = bias(layer) === false ? zeros(Float32, size(W, 1)) : Array{Float32}(bias(layer)), inner(layer).σ
+    relu = σ === NNlib.relu
+    return W, mask, b, relu, relu || σ === identity ? nothing : NNlib.fast_act(σ, W)
+end
+
+taps_matrix(::PrunableDense, A) = Array(A)
+taps_matrix(layer::PrunableConv, A) = as_matrix(layer, flipped(Array(A)))
+
+"What multiplies fastest, among the `sparse` kernels, the dense one, or all."
+function fastest(choice, sparse, dense, y, x, width...)
+    kernels = choice === :dense ? (dense,) : choice === :sparse ? sparse : (sparse..., dense)
+    return length(kernels) == 1 ? only(kernels) : argmin(kernel -> seconds(multiply!, y, x, kernel, width...), kernels)
 end
 
 "How long a call takes at best."
 seconds(f, arguments...) = minimum(_ -> @elapsed(f(arguments...)), 1:8)
 
+"Where the outputs of a kernel for the widest panel go, its inputs, and its width."
+panel(kernel) = (zeros(Float32, MAX_VECTORS * LANES, outputs(kernel)), rand(Float32, MAX_VECTORS * LANES, inputs(kernel)),
+                 Val(MAX_VECTORS))
+
 function Base.show(io::IO, net::SparseNetwork)
-    kernels = [layer.panels for layer in net.layers]
-    print(io, "SparseNetwork(", first(kernels).inputs)
-    foreach(kernel -> print(io, " => ", kernel.outputs), kernels)
-    kept = sum(nonzeros, kernels) / sum(kernel -> kernel.inputs * kernel.outputs, kernels)
-    print(io, "; density=", round(kept; sigdigits = 3), ")")
+    print(io, "SparseNetwork(", join(map(size -> join(size, "×"), net.sizes), " => "))
+    print(io, "; density=", round(net.density; sigdigits = 3), ")")
     return nothing
 end
 
-nonzeros(kernel::SparseKernel) = length(kernel.values)
-nonzeros(kernel::DenseKernel) = count(!iszero, kernel.W)
-
-inputs(net::SparseNetwork) = first(net.layers).panels.inputs
-outputs(net::SparseNetwork) = last(net.layers).panels.outputs
+features(net::SparseNetwork) = prod(first(net.sizes))
+outputs(net::SparseNetwork) = outputs(last(net.layers).panels)
 
 (net::SparseNetwork)(x::AbstractVector) = vec(net(reshape(x, :, 1)))
 function (net::SparseNetwork)(x::AbstractMatrix)
@@ -94,11 +190,12 @@ end
 
 "Write the network's outputs for `x` to `y`, and return whether all of `x` is finite."
 function infer!(y, net, x)
-    size(x, 1) == inputs(net) || throw(DimensionMismatch("x must have $(inputs(net)) features, not $(size(x, 1))"))
+    size(x, 1) == features(net) || throw(DimensionMismatch("x must have $(features(net)) features, not $(size(x, 1))"))
     n = size(x, 2)
-    n == 1 && return with_scratch(buffers -> infer_one!(y, net, x, vec.(buffers)...), net)
+    n == 1 && all(layer -> !isnothing(layer.single), net.layers) &&
+        return with_scratch(buffers -> infer_one!(y, net, x, vec.(buffers)...), net)
     threads = Threads.nthreads()
-    width = LANES * clamp(cld(n, LANES * threads), 1, MAX_VECTORS)
+    width = LANES * clamp(cld(n, LANES * threads), 1, net.vectors)
     part = max(cld(cld(n, width), threads), 1) * width
     tasks = [Threads.@spawn infer_panels!(y, net, x, samples, width) for samples in Iterators.partition((part + 1):n, part)]
     finite = infer_panels!(y, net, x, 1:min(part, n), width)
@@ -123,14 +220,14 @@ function with_scratch(f, net)
 end
 
 function infer_panel!(y, net, x, samples, one, other, width)
-    n, m = inputs(net), outputs(net)
+    n, m = features(net), outputs(net)
     given = GC.@preserve x one Rows(pointer(x, (first(samples) - 1) * n + 1), n, length(samples), pointer(one), true)
     GC.@preserve x one for (i, layer) in enumerate(net.layers)
         input = i > 1 || !(layer.panels isa SparseKernel) ? one : given
         i == 1 && input === one &&
             (given.finite = transpose_into!(pointer(one), width, given.from, n, n, length(samples)))
         multiply_panel!(other, input, layer.panels, width)
-        isnothing(layer.σ) || activate!(layer.σ, other, width * layer.panels.outputs)
+        isnothing(layer.σ) || activate!(layer.σ, other, width * outputs(layer.panels))
         one, other = other, one
     end
     GC.@preserve y one transpose_into!(pointer(y, (first(samples) - 1) * m + 1), m, pointer(one), width, length(samples), m)
@@ -145,7 +242,7 @@ function infer_one!(y, net, x, one, other)
     copyto!(one, x)
     for layer in net.layers
         multiply!(other, one, layer.single)
-        isnothing(layer.σ) || activate!(layer.σ, other, layer.single.outputs)
+        isnothing(layer.σ) || activate!(layer.σ, other, outputs(layer.single))
         one, other = other, one
     end
     copyto!(y, 1, one, 1, length(y))

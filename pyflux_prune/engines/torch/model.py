@@ -194,7 +194,7 @@ class TorchModel(Model):
 
     def sparsify(self, kernels: Kernels) -> Callable[[Float], tuple[Float, bool]]:
         """Return a function that multiplies with torch's sparse CSR matrices, or dense ones where asked to."""
-        function = sparsify(self.layers(), kernels)
+        function = sparsify(self.parts(), kernels)
         return lambda x: (function(x), bool(np.isfinite(x).all()))
 
     @property

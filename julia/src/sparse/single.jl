@@ -1,0 +1,113 @@
+# One sample is a vector, whose inputs a kept weight has to find; what it is multiplied with cannot be next to each other.
+
+"The kept weights of a layer, output by output, each with its input."
+struct SparseRows
+    relu::Bool
+    bias::Vector{Float32}
+    pointers::Vector{Int32} # where the weights of each output begin, and the end
+    indices::Vector{Int32} # inputs, from 1
+    weights::Vector{Float32}
+end
+
+function SparseRows(W, mask, bias, relu)
+    by_output = [findall(row) for row in eachrow(mask)]
+    pointers = cumsum([1; map(length, by_output)])
+    indices = reduce(vcat, by_output)
+    weights = reduce(vcat, (W[i, kept] for (i, kept) in enumerate(by_output)))
+    return SparseRows(relu, bias, pointers, indices, weights)
+end
+
+"Inputs among which a vector of weights finds its own, in the registers of AVX-512."
+const SPAN = 4LANES
+const PERMUTES = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f)
+const Registers{T} = NTuple{LANES,VecElement{T}}
+
+"""
+The kept weights of a layer, output by output, LANES at a time: those within SPAN inputs, which are loaded into four registers and
+permuted. It takes less time than a load for each input unless few weights are left, and less than all weights take. What is read
+of the sample reaches SPAN beyond its end.
+"""
+struct PermutedRows
+    relu::Bool
+    bias::Vector{Float32}
+    pointers::Vector{Int32} # where the vectors of each output begin, and the end
+    starts::Vector{Int32} # the first of the SPAN inputs, from 0
+    places::Vector{UInt8} # the inputs of a vector among these
+    weights::Vector{Float32} # 0 where a vector has fewer than LANES
+end
+
+function PermutedRows(W, mask, bias, relu)
+    pointers, starts, places, weights = Int32[1], Int32[], UInt8[], Float32[]
+    for (i, row) in enumerate(eachrow(mask))
+        kept, k = findall(row), 1
+        while k <= length(kept)
+            start = (kept[k] - 1) ÷ LANES * LANES
+            stop = min(k + LANES - 1, searchsortedlast(kept, start + SPAN))
+            push!(starts, start)
+            append!(places, kept[k:stop] .- (start + 1), zeros(UInt8, LANES - 1 + k - stop))
+            append!(weights, W[i, kept[k:stop]], zeros(Float32, LANES - 1 + k - stop))
+            k = stop + 1
+        end
+        push!(pointers, length(starts) + 1)
+    end
+    return PermutedRows(relu, bias, pointers, starts, places, weights)
+end
+
+outputs(rows::Union{SparseRows,PermutedRows}) = length(rows.bias)
+
+"`y = W * x .+ bias` and the fused activation for one sample."
+function multiply!(y::Vector{Float32}, x::Vector{Float32}, rows::SparseRows)
+    (; pointers, indices, weights, bias, relu) = rows
+    @inbounds for i in eachindex(bias)
+        k, stop = pointers[i] % Int, pointers[i + 1] % Int
+        a = b = c = d = 0.0f0
+        while k + 3 < stop
+            a = muladd(weights[k], x[indices[k]], a)
+            b = muladd(weights[k + 1], x[indices[k + 1]], b)
+            c = muladd(weights[k + 2], x[indices[k + 2]], c)
+            d = muladd(weights[k + 3], x[indices[k + 3]], d)
+            k += 4
+        end
+        while k < stop
+            a = muladd(weights[k], x[indices[k]], a)
+            k += 1
+        end
+        sum = ((a + b) + (c + d)) + bias[i]
+        y[i] = relu ? max(sum, 0.0f0) : sum
+    end
+    return y
+end
+
+function multiply!(y::Vector{Float32}, x::Vector{Float32}, rows::PermutedRows)
+    (; pointers, bias, relu) = rows
+    GC.@preserve x rows @inbounds for i in eachindex(bias)
+        k, stop = pointers[i] % Int, pointers[i + 1] % Int
+        a = b = zero(Lane)
+        while k + 1 < stop
+            a, b = add_permuted(a, pointer(x), rows, k), add_permuted(b, pointer(x), rows, k + 1)
+            k += 2
+        end
+        k < stop && (a = add_permuted(a, pointer(x), rows, k))
+        total = sum(a + b) + bias[i]
+        y[i] = relu ? max(total, 0.0f0) : total
+    end
+    return y
+end
+
+@inline function add_permuted(sums, x, rows, k)
+    a, b, c, d = load(x + 4 * unsafe_load(pointer(rows.starts), k), Val(4))
+    places = convert(Vec{LANES,Int32}, vload(Vec{LANES,UInt8}, pointer(rows.places) + (k - 1) * LANES))
+    inputs = vifelse((places & Int32(2LANES)) == zero(Int32), permuted(a, b, places), permuted(c, d, places))
+    return muladd(vload(Lane, pointer(rows.weights) + (k - 1) * sizeof(Lane)), inputs, sums)
+end
+
+"Of the values of two vectors, one after the other, those at `places`, of which the lowest five bits count."
+@inline permuted(a::Lane, b::Lane, places) = Vec(ccall("llvm.x86.avx512.vpermi2var.ps.512", llvmcall, Registers{Float32},
+    (Registers{Float32}, Registers{Int32}, Registers{Float32}), a.data, places.data, b.data))
+
+function multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::DenseKernel)
+    out = view(y, 1:outputs(kernel))
+    mul!(out, kernel.W, view(x, 1:inputs(kernel)))
+    out .= kernel.relu ? max.(out .+ kernel.bias, 0) : out .+ kernel.bias
+    return y
+end

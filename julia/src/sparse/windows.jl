@@ -1,0 +1,194 @@
+# Features of a panel are in the order of Flux's arrays, the first dimension fastest. So what lies under a window is at the
+# same distances from its corner wherever that is, and the outputs of windows next to each other are next to each other: they
+# are computed together, as many as registers hold.
+
+"""
+    Windows(input, size, stride, dilation)
+
+The places of windows of `size` in an input of size `(places..., channels)`, which is padded already.
+"""
+struct Windows
+    input::Dims
+    output::Dims # without channels
+    rows::Vector{Int} # the corner of the first window of each row, as its distance from the first feature
+    step::Int # from one corner to the next one of the row
+    taps::Vector{Int} # distances from the corner, of one channel
+end
+
+function Windows(input, size, stride, dilation)
+    places = Base.front(input)
+    output = @. (places - dilation * (size - 1) - 1) ÷ stride + 1
+    all(>(0), output) || throw(DimensionMismatch("windows of size $size do not fit into $places places"))
+    distances = cumprod((1, Base.front(places)...))
+    at(place, steps) = sum((Tuple(place) .- 1) .* steps .* distances)
+    rows = vec([at(place, stride) for place in CartesianIndices((1, Base.tail(output)...))])
+    return Windows(input, output, rows, first(stride), vec([at(place, dilation) for place in CartesianIndices(size)]))
+end
+
+"Of a layer whose outputs depend on all inputs: one window, and each input a channel."
+Windows(inputs::Int) = Windows((1, inputs), (1,), (1,), (1,))
+
+channels(windows) = last(windows.input)
+"The distances of everything under a window from its corner, channel by channel."
+taps(windows) = vec([tap + plane for tap in windows.taps, plane in range(0; step = prod(Base.front(windows.input)), length = channels(windows))])
+
+"""
+The weights of a layer, a matrix (outputs, taps), as they are multiplied with what is under its windows: all of them,
+`packed` with GROUP outputs side by side.
+"""
+struct DenseKernel
+    windows::Windows
+    relu::Bool
+    bias::Vector{Float32}
+    taps::Vector{Int}
+    packed::Array{Float32,3} # (GROUP, taps, groups)
+    W::Matrix{Float32}
+end
+
+function DenseKernel(windows, W, bias, relu)
+    padded = zeros(Float32, cld(size(W, 1), GROUP) * GROUP, size(W, 2))
+    padded[axes(W)...] = W
+    packed = permutedims(reshape(padded, GROUP, :, size(W, 2)), (1, 3, 2))
+    return DenseKernel(windows, relu, bias, taps(windows), packed, W)
+end
+
+"The kept weights of a convolution, output by output."
+struct SparseWindows
+    windows::Windows
+    relu::Bool
+    bias::Vector{Float32}
+    pointers::Vector{Int} # where the weights of each output begin, and the end
+    taps::Vector{Int32} # of each weight
+    weights::Vector{Float32}
+end
+
+function SparseWindows(windows, W, mask, bias, relu)
+    rows = SparseRows(W, mask, bias, relu)
+    return SparseWindows(windows, relu, bias, rows.pointers, taps(windows)[rows.indices], rows.weights)
+end
+
+"The largest or the mean value under each window, channel by channel."
+struct Pooling
+    windows::Windows
+    mean::Bool
+end
+
+"Values around an input of size `(places..., channels)`, so many `before` and after."
+struct Padding
+    input::Dims
+    output::Dims
+    before::Dims
+    value::Float32
+end
+
+"What batch normalisation does: values times `scale` plus `shift`, each for as many features as a channel has."
+struct Scaling
+    features::Int
+    scale::Vector{Float32}
+    shift::Vector{Float32}
+end
+
+inputs(kernel) = prod(kernel.windows.input)
+outputs(kernel) = prod(kernel.windows.output) * length(kernel.bias)
+outputs(pool::Pooling) = prod(pool.windows.output) * channels(pool.windows)
+inputs(padding::Padding) = prod(padding.input)
+outputs(padding::Padding) = prod(padding.output)
+inputs(scaling::Scaling) = scaling.features
+outputs(scaling::Scaling) = scaling.features
+
+"How many vectors of sums a kernel has for each output."
+vectors(::DenseKernel) = MAX_VECTORS
+vectors(::SparseWindows) = GROUP > 1 ? 2MAX_VECTORS : MAX_VECTORS
+
+"How many outputs a kernel computes at once, and how many such groups it has."
+group_size(::DenseKernel) = GROUP
+group_size(::SparseWindows) = 1
+groups(kernel) = cld(length(kernel.bias), group_size(kernel))
+
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, width::Val{V}) where {V}
+    (; rows, output, step) = kernel.windows
+    feature, n = V * sizeof(Lane), first(output)
+    plane = prod(output) * feature
+    GC.@preserve x y kernel for (r, corner) in enumerate(rows), g in 1:groups(kernel)
+        from, to = pointer(x) + corner * feature, pointer(y) + (g - 1) * group_size(kernel) * plane + (r - 1) * n * feature
+        step == 1 ? multiply_row!(to, plane, from, n, kernel, g, width, Val(vectors(kernel) ÷ V)) :
+        foreach(i -> multiply_places!(to + i * feature, plane, from + i * step * feature, kernel, g, width, Val(1)), 0:(n - 1))
+    end
+    return y
+end
+
+"The outputs of the `g`-th group at `n` places next to each other, P of them at a time; those left over by fewer."
+function multiply_row!(y, plane, x, n, kernel, g, width::Val{V}, at_once::Val{P}) where {V,P}
+    done = 0
+    while done + P <= n
+        multiply_places!(y + done * V * sizeof(Lane), plane, x + done * V * sizeof(Lane), kernel, g, width, at_once)
+        done += P
+    end
+    P > 1 && done < n &&
+        multiply_row!(y + done * V * sizeof(Lane), plane, x + done * V * sizeof(Lane), n - done, kernel, g, width, Val(P ÷ 2))
+    return nothing
+end
+
+function multiply_places!(y, plane, x, kernel::SparseWindows, o, ::Val{V}, ::Val{P}) where {V,P}
+    taps, weights = pointer(kernel.taps), pointer(kernel.weights)
+    sums = ntuple(_ -> Lane(@inbounds kernel.bias[o]), Val(V * P))
+    for k in @inbounds kernel.pointers[o]:(kernel.pointers[o + 1] - 1)
+        input = x + (unsafe_load(taps, k) % Int) * V * sizeof(Lane)
+        sums = add_product(sums, Lane(unsafe_load(weights, k)), input)
+    end
+    return store!(y, kernel.relu ? map(s -> max(s, zero(s)), sums) : sums, Val(V * P))
+end
+
+function multiply_places!(y, plane, x, kernel::DenseKernel, g, ::Val{V}, ::Val{P}) where {V,P}
+    n, taps = length(kernel.taps), pointer(kernel.taps)
+    weights = pointer(kernel.packed) + (g - 1) * GROUP * n * sizeof(Float32)
+    sums = ntuple(_ -> ntuple(_ -> zero(Lane), Val(V * P)), Val(GROUP))
+    for k in 1:n
+        input = load(x + unsafe_load(taps, k) * V * sizeof(Lane), Val(V * P))
+        sums = add_row(sums, input, weights + (k - 1) * GROUP * sizeof(Float32))
+    end
+    for i in 1:min(GROUP, length(kernel.bias) - (g - 1) * GROUP)
+        b = @inbounds kernel.bias[(g - 1) * GROUP + i]
+        row = map(s -> kernel.relu ? max(s + b, zero(s)) : s + b, sums[i])
+        store!(y + (i - 1) * plane, row, Val(V * P))
+    end
+    return nothing
+end
+
+@inline add_row(sums, input, weights) =
+    ntuple(i -> (w = Lane(unsafe_load(weights, i)); map((s, x) -> muladd(w, x, s), sums[i], input)), Val(GROUP))
+
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, pool::Pooling, width::Val{V}) where {V}
+    (; input, output, rows, step, taps) = pool.windows
+    feature, to = V * sizeof(Lane), pointer(y)
+    GC.@preserve x y for channel in 1:last(input), corner in rows, i in 0:(first(output) - 1)
+        from = pointer(x) + ((channel - 1) * prod(Base.front(input)) + corner + i * step) * feature
+        values = load(from, width)
+        for t in 2:length(taps)
+            others = load(from + (@inbounds taps[t]) * feature, width)
+            values = pool.mean ? map(+, values, others) : map(max, values, others)
+        end
+        store!(to, pool.mean ? map(v -> v / Float32(length(taps)), values) : values, width)
+        to += feature
+    end
+    return y
+end
+
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, (; input, output, before, value)::Padding, ::Val{V}) where {V}
+    feature = V * LANES
+    fill!(view(y, 1:(prod(output) * feature)), value)
+    places = LinearIndices(output)
+    for (r, place) in enumerate(CartesianIndices((1, Base.tail(input)...)))
+        to = places[place + CartesianIndex(before)]
+        copyto!(y, (to - 1) * feature + 1, x, (r - 1) * first(input) * feature + 1, first(input) * feature)
+    end
+    return y
+end
+
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, (; features, scale, shift)::Scaling, ::Val{V}) where {V}
+    channel = features ÷ length(scale) * V * LANES
+    @inbounds for c in eachindex(scale, shift), i in ((c - 1) * channel + 1):(c * channel)
+        y[i] = muladd(scale[c], x[i], shift[c])
+    end
+    return y
+end

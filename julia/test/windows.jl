@@ -1,0 +1,74 @@
+using Flux, PrunableFlux, Random, Test
+using PrunableFlux: DenseKernel, PermutedRows, SparseRows, SparseWindows, PERMUTES, SPAN, multiply!
+
+relative(a, b) = maximum(abs, a .- b; init = 0) / max(maximum(abs, b; init = 0), 1)
+
+"Statistics and parameters of batch normalisation as training might have left them."
+function disturb!(rng, model)
+    for part in Flux.modules(model)
+        part isa BatchNorm || continue
+        part.μ .= randn(rng, Float32, part.chs)
+        part.σ² .= rand(rng, Float32, part.chs) .+ 0.5f0
+        part.γ .= randn(rng, Float32, part.chs)
+        part.β .= randn(rng, Float32, part.chs)
+    end
+    return model
+end
+
+networks = [
+    "LeNet-5" => ((28, 28, 1), Chain(Conv((5, 5), 1 => 6, relu; pad = 2), MaxPool((2, 2)), Conv((5, 5), 6 => 16, relu),
+                                     MaxPool((2, 2)), Flux.flatten, Dense(400 => 120, relu), Dense(120 => 10))),
+    "VGG with batch normalisation" => ((11, 9, 3), Chain(
+        Conv((3, 3), 3 => 7; pad = 1, bias = false), BatchNorm(7, relu), Chain(Conv((3, 3), 7 => 8, tanh; pad = SamePad())),
+        Dropout(0.5), MeanPool((2, 3); stride = (2, 1), pad = (1, 0)), Conv((2, 2), 8 => 5; dilation = 2), BatchNorm(5),
+        GlobalMeanPool(), Flux.flatten, Dense(5 => 3))),
+    "strides and asymmetric padding" => ((13, 12, 2), Chain(
+        Conv((3, 2), 2 => 4, sigmoid; stride = (2, 3), pad = (1, 0, 2, 1)), MaxPool((3, 3); pad = 1, stride = 1),
+        AdaptiveMaxPool((3, 2)), Conv((1, 1), 4 => 6, relu), Flux.flatten, BatchNorm(36, tanh), Dense(36 => 4; bias = false))),
+    "one dimension" => ((21, 2), Chain(Conv((5,), 2 => 9, relu; stride = 2), Conv((3,), 9 => 4), GlobalMaxPool(), Flux.flatten)),
+    "three dimensions" => ((6, 5, 7, 2), Chain(Conv((3, 2, 3), 2 => 4, relu; pad = 1), AdaptiveMeanPool((2, 2, 2)), Flux.flatten,
+                                               Dense(32 => 2))),
+]
+
+@testset "a sparse network is the masked network: $name" for (name, (size, model)) in networks
+    rng = Xoshiro(1)
+    model = disturb!(rng, prunable(model))
+    prune!(model, RandomSaliency(); sparsity = 0.7, structure = Layerwise())
+    for kernels in (:auto, :sparse, :dense)
+        fast = sparsify(model; kernels, input_size = size)
+        for n in (1, 5, 16, 40, 133)
+            x = randn(rng, Float32, size..., n)
+            y = Flux.testmode!(model)(x)
+            @test relative(fast(x), y) < 1e-5 && relative(fast(reshape(x, :, n)), y) < 1e-5
+        end
+        @test all(fetch.([Threads.@spawn fast(x) == y for (x, y) in [(x, fast(x)) for x in [randn(rng, Float32, size..., 30)]], _ in 1:8]))
+    end
+end
+
+@testset "sparsify convolutions" begin
+    model = prune!(prunable(Chain(Conv((3, 3), 1 => 4, relu), Flux.flatten, Dense(16 => 3))), Magnitude(); sparsity = 0.5)
+    fast = sparsify(model; kernels = [:sparse, :dense], input_size = (4, 4, 1))
+    @test fast.layers[1].panels isa SparseWindows && fast.layers[2].panels isa DenseKernel
+    @test repr(fast) == "SparseNetwork(4×4×1 => 2×2×4 => 3; density=0.5)"
+    @test_throws "input_size must be given" sparsify(model)
+    @test_throws DimensionMismatch sparsify(model; input_size = (4, 4, 2))
+    @test_throws DimensionMismatch sparsify(model; input_size = (5, 4, 1))
+    @test_throws DimensionMismatch sparsify(model; input_size = (2, 4, 1))
+    @test_throws DimensionMismatch sparsify(model; input_size = 16)
+    @test_throws ArgumentError sparsify(prunable(Chain(Conv((3, 3), 2 => 2; groups = 2))); input_size = (4, 4, 2))
+    @test_throws ArgumentError sparsify(prunable(Chain(BatchNorm(3; track_stats = false), Dense(3 => 2))))
+    normed = disturb!(Xoshiro(1), prunable(Chain(BatchNorm(3), Dense(3 => 2, relu), BatchNorm(2, tanh))))
+    x = rand(Float32, 3, 20)
+    @test sparsify(normed)(x) ≈ Flux.testmode!(normed)(x) && sparsify(normed)(x[:, 1]) ≈ normed(x[:, 1:1])[:, 1]
+end
+
+@testset "single samples: $inputs inputs, density $density" for inputs in (1, 15, 16, 17, 64, 65, 300), density in (0, 0.01, 0.1, 0.5, 1)
+    rng = Xoshiro(1)
+    W, mask, b = randn(rng, Float32, 9, inputs), rand(rng, 9, inputs) .< density, randn(rng, Float32, 9)
+    x = fill(NaN32, inputs + SPAN) # behind the end nothing counts
+    x[1:inputs] = randn(rng, Float32, inputs)
+    y = (W .* mask) * x[1:inputs] .+ b
+    for kind in (PERMUTES ? (SparseRows, PermutedRows) : (SparseRows,)), relu in (false, true)
+        @test relative(multiply!(zeros(Float32, 9), x, kind(W, mask, b, relu)), relu ? max.(y, 0) : y) < 1e-5
+    end
+end
