@@ -70,6 +70,18 @@ def test_what_is_not_finite_is_found(engine: str, kernels: str, n: int) -> None:
                 fast(bad)
 
 
-def test_dense_layers_only(engine: str) -> None:
-    with pytest.raises(fp.InvalidInput, match="dense layers only"):
-        fp.lenet5(engine=engine).sparsify()
+@pytest.mark.parametrize("kernels", ["auto", "sparse", "dense"])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 10, 13)])
+def test_networks_of_images(engine: str, kernels: str, shape: tuple[int, int, int]) -> None:
+    net = fp.lenet5(engine=engine) if shape[0] == 1 else fp.vgg((4, "M", 8), input_shape=shape, engine=engine)
+    fast = fp.prune(net, sparsity=0.8).sparsify(kernels=kernels)
+    for n in (1, 70):
+        x = np.random.default_rng(n).standard_normal((n, *shape)).astype(np.float32)
+        np.testing.assert_allclose(fast(x), net(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(fast(x.reshape(n, -1)), fast(x))
+    np.testing.assert_allclose(fast(x[0]), net(x[0]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(fp.InvalidInput, match="x must"):
+        fast(x[:, :, 1:])
+    x[3, 0, 5, 6] = np.nan
+    with pytest.raises(fp.InvalidInput, match="1 of its"):
+        fast(x)

@@ -121,11 +121,8 @@ sparsify(model, kernels, sizes) = PrunableFlux.sparsify(
 
 address(network) = UInt(pointer_from_objref(network))
 
-"""
-The address of a C function `int (network, y, x, n)` that writes the outputs for `n` samples at `x` to `y` and returns whether
-these are finite, or -1 if something was thrown. Calling it takes a tenth of the time of a call with conversions.
-"""
-infer_function() = UInt(@cfunction(infer_at, Cint, (Ptr{Cvoid}, Ptr{Float32}, Ptr{Float32}, Csize_t)))
+infer!(network, y, x, n) =
+    PrunableFlux.infer!(borrow(Float32, y, outputs(network), n), network, borrow(Float32, x, features(network), n))
 
 function infer_at(network, y, x, n)
     try
@@ -135,8 +132,11 @@ function infer_at(network, y, x, n)
     end
 end
 
-infer!(network, y, x, n) =
-    PrunableFlux.infer!(borrow(Float32, y, outputs(network), n), network, borrow(Float32, x, features(network), n))
+"""
+The address of a C function `int (network, y, x, n)` that writes the outputs for `n` samples at `x` to `y` and returns whether
+these are finite, or -1 if something was thrown. Calling it takes a tenth of the time of a call with conversions.
+"""
+infer_function() = UInt(@cfunction(infer_at, Cint, (Ptr{Cvoid}, Ptr{Float32}, Ptr{Float32}, Csize_t)))
 
 "A training run over given batches that can be left and taken up again between two steps."
 mutable struct Steps{M,O,B}
