@@ -28,9 +28,11 @@ end
 "Of a layer whose outputs depend on all inputs: one window, and each input a channel."
 Windows(inputs::Int) = Windows((1, inputs), (1,), (1,), (1,))
 
-channels(windows) = last(windows.input)
+channels(windows)::Int = last(windows.input)
+row_length(windows)::Int = first(windows.output)
+plane(windows)::Int = prod(Base.front(windows.input)) # the features of a channel
 "The distances of everything under a window from its corner, channel by channel."
-taps(windows) = vec([tap + plane for tap in windows.taps, plane in range(0; step = prod(Base.front(windows.input)), length = channels(windows))])
+taps(windows) = vec([tap + channel * plane(windows) for tap in windows.taps, channel in 0:(channels(windows) - 1)])
 
 """
 The weights of a layer, a matrix (outputs, taps), as they are multiplied with what is under its windows: all of them,
@@ -73,12 +75,18 @@ struct Pooling
     mean::Bool
 end
 
-"Values around an input of size `(places..., channels)`, so many `before` and after."
+"Values around rows of an input of size `(places..., channels)`."
 struct Padding
     input::Dims
     output::Dims
-    before::Dims
+    rows::Vector{Int} # where each goes, as its distance from the first feature
     value::Float32
+end
+
+function Padding(input::Dims, output::Dims, before::Dims, value)
+    places = LinearIndices(output)
+    rows = vec([places[place + CartesianIndex(before)] - 1 for place in CartesianIndices((1, Base.tail(input)...))])
+    return Padding(input, output, rows, value)
 end
 
 "What batch normalisation does: values times `scale` plus `shift`, each for as many features as a channel has."
@@ -88,11 +96,11 @@ struct Scaling
     shift::Vector{Float32}
 end
 
-inputs(kernel) = prod(kernel.windows.input)
-outputs(kernel) = prod(kernel.windows.output) * length(kernel.bias)
-outputs(pool::Pooling) = prod(pool.windows.output) * channels(pool.windows)
-inputs(padding::Padding) = prod(padding.input)
-outputs(padding::Padding) = prod(padding.output)
+inputs(kernel)::Int = prod(kernel.windows.input)
+outputs(kernel)::Int = prod(kernel.windows.output) * length(kernel.bias)
+outputs(pool::Pooling)::Int = prod(pool.windows.output) * channels(pool.windows)
+inputs(padding::Padding)::Int = prod(padding.input)
+outputs(padding::Padding)::Int = prod(padding.output)
 inputs(scaling::Scaling) = scaling.features
 outputs(scaling::Scaling) = scaling.features
 
@@ -106,9 +114,9 @@ group_size(::SparseWindows) = 1
 groups(kernel) = cld(length(kernel.bias), group_size(kernel))
 
 function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, width::Val{V}) where {V}
-    (; rows, output, step) = kernel.windows
-    feature, n = V * sizeof(Lane), first(output)
-    plane = prod(output) * feature
+    (; rows, step) = kernel.windows
+    feature, n = V * sizeof(Lane), row_length(kernel.windows)
+    plane = n * length(rows) * feature
     GC.@preserve x y kernel for (r, corner) in enumerate(rows), g in 1:groups(kernel)
         from, to = pointer(x) + corner * feature, pointer(y) + (g - 1) * group_size(kernel) * plane + (r - 1) * n * feature
         step == 1 ? multiply_row!(to, plane, from, n, kernel, g, width, Val(vectors(kernel) ÷ V)) :
@@ -158,29 +166,35 @@ end
 @inline add_row(sums, input, weights) =
     ntuple(i -> (w = Lane(unsafe_load(weights, i)); map((s, x) -> muladd(w, x, s), sums[i], input)), Val(GROUP))
 
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, pool::Pooling, width::Val{V}) where {V}
-    (; input, output, rows, step, taps) = pool.windows
-    feature, to = V * sizeof(Lane), pointer(y)
-    GC.@preserve x y for channel in 1:last(input), corner in rows, i in 0:(first(output) - 1)
-        from = pointer(x) + ((channel - 1) * prod(Base.front(input)) + corner + i * step) * feature
-        values = load(from, width)
-        for t in 2:length(taps)
-            others = load(from + (@inbounds taps[t]) * feature, width)
-            values = pool.mean ? map(+, values, others) : map(max, values, others)
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, (; windows, mean)::Pooling, width::Val{V}) where {V}
+    feature, to, n, distance = V * sizeof(Lane), pointer(y), row_length(windows), plane(windows)
+    GC.@preserve x y for channel in 0:(channels(windows) - 1), corner in windows.rows
+        from = pointer(x) + (channel * distance + corner) * feature
+        for i in 0:(n - 1)
+            under = from + i * windows.step * feature
+            store!(to + i * feature, mean ? mean_of(under, windows.taps, width) : largest_of(under, windows.taps, width), width)
         end
-        store!(to, pool.mean ? map(v -> v / Float32(length(taps)), values) : values, width)
-        to += feature
+        to += n * feature
     end
     return y
 end
 
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, (; input, output, before, value)::Padding, ::Val{V}) where {V}
-    feature = V * LANES
-    fill!(view(y, 1:(prod(output) * feature)), value)
-    places = LinearIndices(output)
-    for (r, place) in enumerate(CartesianIndices((1, Base.tail(input)...)))
-        to = places[place + CartesianIndex(before)]
-        copyto!(y, (to - 1) * feature + 1, x, (r - 1) * first(input) * feature + 1, first(input) * feature)
+@inline mean_of(x, taps, width) = map(sum -> sum / Float32(length(taps)), reduced(+, x, taps, width))
+@inline largest_of(x, taps, width) = reduced(max, x, taps, width)
+
+@inline function reduced(f, x, taps, width::Val{V}) where {V}
+    values = load(x, width)
+    for t in 2:length(taps)
+        values = map(f, values, load(x + (@inbounds taps[t]) * V * sizeof(Lane), width))
+    end
+    return values
+end
+
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, padding::Padding, ::Val{V}) where {V}
+    fill!(view(y, 1:(outputs(padding) * V * LANES)), padding.value)
+    n = first(padding.input)::Int * V * LANES
+    for (r, row) in enumerate(padding.rows)
+        copyto!(y, row * V * LANES + 1, x, (r - 1) * n + 1, n)
     end
     return y
 end
