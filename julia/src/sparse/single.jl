@@ -1,4 +1,5 @@
-# One sample is a vector, whose inputs a kept weight has to find; what it is multiplied with cannot be next to each other.
+# One sample is a vector, in which a kept weight of a layer has to find its input. Under windows, what it is multiplied with is
+# next to each other here too: the places of a row.
 
 "The kept weights of a layer, output by output, each with its input."
 struct SparseRows
@@ -106,8 +107,54 @@ end
     (Registers{Float32}, Registers{Int32}, Registers{Float32}), a.data, places.data, b.data))
 
 function multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::DenseKernel)
+    length(kernel.windows.rows) * row_length(kernel.windows) == 1 || return multiply_places!(y, x, kernel)
     out = view(y, 1:outputs(kernel))
     mul!(out, kernel.W, view(x, 1:inputs(kernel)))
     out .= kernel.relu ? max.(out .+ kernel.bias, 0) : out .+ kernel.bias
     return y
 end
+
+multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::SparseWindows) = multiply_places!(y, x, kernel)
+
+"""
+The outputs at all places between the first and the last corner, as if the input were one row, LANES at a time; then those that
+are corners. What is computed for nothing, at the ends of rows, is little unless windows are far apart. Takes memory behind the
+outputs in `y`, see [`buffer_length`](@ref).
+"""
+function multiply_places!(y, x, kernel::Union{DenseKernel,SparseWindows})
+    (; rows, step) = kernel.windows
+    n, behind = row_length(kernel.windows), outputs(kernel)
+    places = last(rows) + (n - 1) * step + 1
+    plane, out = cld(places, LANES) * LANES, 0
+    GC.@preserve x y kernel for g in 1:groups(kernel)
+        multiply_row!(pointer(y, behind + 1), plane * sizeof(Float32), pointer(x), plane ÷ LANES, kernel, g, Val(sizeof(Float32)),
+                      Val(1), Val(vectors(kernel)))
+        for i in 1:outputs_of_group(kernel, g), corner in rows
+            at = behind + (i - 1) * plane + corner + 1
+            @inbounds for place in 0:(n - 1)
+                y[out += 1] = y[at + place * step]
+            end
+        end
+    end
+    return y
+end
+
+"How long vectors must be for a layer with so many features, inputs or outputs."
+buffer_length(features) = 2 * features + GROUP * (features + LANES) + MAX_VECTORS * SPAN
+
+function multiply!(y::Vector{Float32}, x::Vector{Float32}, (; windows, mean)::Pooling)
+    (; rows, step, taps) = windows
+    n, distance, out = row_length(windows), plane(windows), 0
+    @inbounds for channel in 0:(channels(windows) - 1), corner in rows, i in 0:(n - 1)
+        at = channel * distance + corner + i * step + 1
+        value = x[at]
+        for t in 2:length(taps)
+            other = x[at + taps[t]]
+            value = mean ? value + other : max(value, other)
+        end
+        y[out += 1] = mean ? value / Float32(length(taps)) : value
+    end
+    return y
+end
+
+multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::Union{Padding,Scaling}) = apply!(y, x, kernel, 1)

@@ -1,12 +1,10 @@
-"""
-A part of a network as it is computed in panels, and, where it can be, for single samples; `σ` is `nothing` where kernels apply
-the activation.
-"""
+"A part of a network as it is computed in panels and for single samples; `σ` is `nothing` where kernels apply the activation."
 struct FastLayer
     panels::Any
-    single::Union{SparseRows,PermutedRows,DenseKernel,Nothing}
+    single::Any
     σ::Any
 end
+FastLayer(kernel, σ = nothing) = FastLayer(kernel, kernel, σ)
 
 """
     SparseNetwork
@@ -19,6 +17,7 @@ mutable struct SparseNetwork
     const sizes::Vector{Dims} # of the inputs, and of the outputs of each layer with weights
     const density::Float64
     const vectors::Int # in the widest panel
+    const few::Int # samples that take no longer one by one than as a panel
     const scratch::Channel{NTuple{2,Matrix{Float32}}}
 end
 
@@ -63,12 +62,23 @@ function sparsify(model; kernels = :auto, input_size = nothing)
         append!(fast, made)
         part isa Prunable && push!(sizes, size)
     end
-    largest = maximum(layer -> max(inputs(layer.panels), outputs(layer.panels)), fast; init = 8) # where SPAN more fit in
+    largest = maximum(layer -> max(inputs(layer.panels), outputs(layer.panels)), fast)
     fitting = any(part -> part isa PrunableConv, parts) ? PANEL_BYTES ÷ (largest * sizeof(Lane)) : MAX_VECTORS
     vectors, buffers = clamp(fitting, 1, MAX_VECTORS), 2 * Threads.nthreads()
+    columns = max(largest, cld(buffer_length(largest), vectors * LANES))
     scratch = Channel{NTuple{2,Matrix{Float32}}}(buffers)
-    foreach(_ -> put!(scratch, Tuple(zeros(Float32, vectors * LANES, largest) for _ in 1:2)), 1:buffers)
-    return SparseNetwork(fast, sizes, density(model), vectors, scratch)
+    foreach(_ -> put!(scratch, Tuple(zeros(Float32, vectors * LANES, columns) for _ in 1:2)), 1:buffers)
+    network(few) = SparseNetwork(fast, sizes, density(model), vectors, few, scratch)
+    return network(few_samples(network(0), network(1)))
+end
+
+"How many samples take no longer one by one than together: by the best times of both."
+function few_samples(in_panels, by_one)
+    x = rand(Float32, features(in_panels), 1)
+    y = Matrix{Float32}(undef, outputs(in_panels), 1)
+    times = [@elapsed(infer!(y, net, x)) for net in (in_panels, by_one), _ in 1:16]
+    panel, single = minimum(times; dims = 2)
+    return clamp(floor(Int, panel / single), 1, LANES - 1)
 end
 
 function input_dims(parts, given)
@@ -90,7 +100,7 @@ function fast_layers(layer::PrunableDense, size, choice)
     rows = SparseRows(W, mask, b, relu)
     of_one = PERMUTES ? (rows, PermutedRows(W, mask, b, relu)) : (rows,)
     panels = fastest(choice, (SparseKernel(W, mask, b, relu),), dense, panel(dense)...)
-    single = fastest(choice, of_one, dense, zeros(Float32, outputs(dense)), rand(Float32, inputs(dense) + SPAN))
+    single = fastest(choice, of_one, dense, sample(dense)...)
     return [FastLayer(panels, single, σ)], (length(b),)
 end
 
@@ -102,8 +112,9 @@ function fast_layers(layer::PrunableConv, size, choice)
     windows = Windows(padded, kernel, stride, dilation)
     W, mask, b, relu, σ = for_kernels(layer)
     dense = DenseKernel(windows, W, b, relu)
-    panels = fastest(choice, (SparseWindows(windows, W, mask, b, relu),), dense, panel(dense)...)
-    return [borders; FastLayer(panels, nothing, σ)], (windows.output..., length(b))
+    sparse = SparseWindows(windows, W, mask, b, relu)
+    panels, single = fastest(choice, (sparse,), dense, panel(dense)...), fastest(choice, (sparse,), dense, sample(dense)...)
+    return [borders; FastLayer(panels, single, σ)], (windows.output..., length(b))
 end
 
 function fast_layers(norm::BatchNorm, size, choice)
@@ -112,7 +123,7 @@ function fast_layers(norm::BatchNorm, size, choice)
     (; λ, β, γ, μ, σ², ϵ, affine) = norm
     scale = Array{Float32}((affine ? γ : 1) ./ sqrt.(σ² .+ ϵ))
     shift = Array{Float32}((affine ? β : 0) .- μ .* scale)
-    return [FastLayer(Scaling(prod(size), scale, shift), nothing, λ === identity ? nothing : NNlib.fast_act(λ, scale))], size
+    return [FastLayer(Scaling(prod(size), scale, shift), λ === identity ? nothing : NNlib.fast_act(λ, scale))], size
 end
 
 function fast_layers(pool::Union{Flux.MaxPool,Flux.MeanPool}, size, choice)
@@ -131,7 +142,7 @@ end
 function pooled(size, k, pad, stride, mean)
     borders, padded = with_borders(size, pad, mean ? 0 : -Inf)
     windows = Windows(padded, k, stride, map(one, k))
-    return [borders; FastLayer(Pooling(windows, mean), nothing, nothing)], (windows.output..., last(size))
+    return [borders; FastLayer(Pooling(windows, mean))], (windows.output..., last(size))
 end
 
 "A padding, if there is anything to pad, and the size of what comes out."
@@ -140,7 +151,7 @@ function with_borders(size, pad, value)
     before, behind = length(pad) == n ? (pad, pad) : (pad[1:2:end], pad[2:2:end])
     all(iszero, pad) && return FastLayer[], size
     padded = (Base.front(size) .+ before .+ behind..., last(size))
-    return [FastLayer(Padding(size, padded, (before..., 0), value), nothing, nothing)], padded
+    return [FastLayer(Padding(size, padded, (before..., 0), value))], padded
 end
 
 check_channels(part, size, dims, channels) = length(size) == dims && last(size) == channels || throw(DimensionMismatch(
@@ -170,6 +181,9 @@ end
 panel(kernel) = (zeros(Float32, MAX_VECTORS * LANES, outputs(kernel)), rand(Float32, MAX_VECTORS * LANES, inputs(kernel)),
                  Val(MAX_VECTORS))
 
+"The same for a single sample."
+sample(kernel) = zeros(Float32, buffer_length(outputs(kernel))), rand(Float32, buffer_length(inputs(kernel)))
+
 function Base.show(io::IO, net::SparseNetwork)
     print(io, "SparseNetwork(", join(map(size -> join(size, "×"), net.sizes), " => "))
     print(io, "; density=", round(net.density; sigdigits = 3), ")")
@@ -191,8 +205,7 @@ end
 function infer!(y, net, x)
     size(x, 1) == features(net) || throw(DimensionMismatch("x must have $(features(net)) features, not $(size(x, 1))"))
     n = size(x, 2)
-    n == 1 && all(layer -> !isnothing(layer.single), net.layers) &&
-        return with_scratch(buffers -> infer_one!(y, net, x, vec.(buffers)...), net)
+    n <= net.few && return with_scratch(buffers -> all(infer_one!(y, net, x, i, vec.(buffers)...) for i in 1:n), net)
     threads = Threads.nthreads()
     width = LANES * clamp(cld(n, LANES * threads), 1, net.vectors)
     part = max(cld(cld(n, width), threads), 1) * width
@@ -237,15 +250,17 @@ multiply_panel!(y, x, kernel, width) =
     width == LANES ? multiply!(y, x, kernel, Val(1)) : width == 2LANES ? multiply!(y, x, kernel, Val(2)) :
     width == 3LANES ? multiply!(y, x, kernel, Val(3)) : multiply!(y, x, kernel, Val(4))
 
-function infer_one!(y, net, x, one, other)
-    copyto!(one, x)
+function infer_one!(y, net, x, i, one, other)
+    n, m = features(net), outputs(net)
+    copyto!(one, 1, x, (i - 1) * n + 1, n)
+    finite = iszero(sum(value -> 0 * value, view(one, 1:n)))
     for layer in net.layers
         multiply!(other, one, layer.single)
         isnothing(layer.σ) || activate!(layer.σ, other, outputs(layer.single))
         one, other = other, one
     end
-    copyto!(y, 1, one, 1, length(y))
-    return iszero(sum(value -> 0 * value, x))
+    copyto!(y, (i - 1) * m + 1, one, 1, m)
+    return finite
 end
 
 function activate!(σ, values, n)

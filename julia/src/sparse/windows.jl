@@ -113,55 +113,63 @@ group_size(::DenseKernel) = GROUP
 group_size(::SparseWindows) = 1
 groups(kernel) = cld(length(kernel.bias), group_size(kernel))
 
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, width::Val{V}) where {V}
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, ::Val{V}) where {V}
     (; rows, step) = kernel.windows
     feature, n = V * sizeof(Lane), row_length(kernel.windows)
     plane = n * length(rows) * feature
     GC.@preserve x y kernel for (r, corner) in enumerate(rows), g in 1:groups(kernel)
         from, to = pointer(x) + corner * feature, pointer(y) + (g - 1) * group_size(kernel) * plane + (r - 1) * n * feature
-        step == 1 ? multiply_row!(to, plane, from, n, kernel, g, width, Val(vectors(kernel) ÷ V)) :
-        foreach(i -> multiply_places!(to + i * feature, plane, from + i * step * feature, kernel, g, width, Val(1)), 0:(n - 1))
+        if step == 1
+            multiply_row!(to, plane, from, n, kernel, g, Val(V * sizeof(Lane)), Val(V), Val(vectors(kernel) ÷ V))
+        else
+            for i in 0:(n - 1)
+                multiply_places!(to + i * feature, plane, from + i * step * feature, kernel, g, Val(V * sizeof(Lane)), Val(V))
+            end
+        end
     end
     return y
 end
 
-"The outputs of the `g`-th group at `n` places next to each other, P of them at a time; those left over by fewer."
-function multiply_row!(y, plane, x, n, kernel, g, width::Val{V}, at_once::Val{P}) where {V,P}
+"""
+The outputs of the `g`-th group at `n` places, of V vectors each, next to each other, P of them at a time and those left over by
+fewer. Features are F bytes apart.
+"""
+function multiply_row!(y, plane, x, n, kernel, g, distance::Val{F}, ::Val{V}, ::Val{P}) where {F,V,P}
     done = 0
     while done + P <= n
-        multiply_places!(y + done * V * sizeof(Lane), plane, x + done * V * sizeof(Lane), kernel, g, width, at_once)
+        multiply_places!(y + done * V * sizeof(Lane), plane, x + done * V * sizeof(Lane), kernel, g, distance, Val(V * P))
         done += P
     end
-    P > 1 && done < n &&
-        multiply_row!(y + done * V * sizeof(Lane), plane, x + done * V * sizeof(Lane), n - done, kernel, g, width, Val(P ÷ 2))
+    P > 1 && done < n && multiply_row!(y + done * V * sizeof(Lane), plane, x + done * V * sizeof(Lane), n - done, kernel, g,
+                                       distance, Val(V), Val(P ÷ 2))
     return nothing
 end
 
-function multiply_places!(y, plane, x, kernel::SparseWindows, o, ::Val{V}, ::Val{P}) where {V,P}
+function multiply_places!(y, plane, x, kernel::SparseWindows, o, ::Val{F}, ::Val{N}) where {F,N}
     taps, weights = pointer(kernel.taps), pointer(kernel.weights)
-    sums = ntuple(_ -> Lane(@inbounds kernel.bias[o]), Val(V * P))
+    sums = ntuple(_ -> Lane(@inbounds kernel.bias[o]), Val(N))
     for k in @inbounds kernel.pointers[o]:(kernel.pointers[o + 1] - 1)
-        input = x + (unsafe_load(taps, k) % Int) * V * sizeof(Lane)
-        sums = add_product(sums, Lane(unsafe_load(weights, k)), input)
+        sums = add_product(sums, Lane(unsafe_load(weights, k)), x + (unsafe_load(taps, k) % Int) * F)
     end
-    return store!(y, kernel.relu ? map(s -> max(s, zero(s)), sums) : sums, Val(V * P))
+    return store!(y, kernel.relu ? map(s -> max(s, zero(s)), sums) : sums, Val(N))
 end
 
-function multiply_places!(y, plane, x, kernel::DenseKernel, g, ::Val{V}, ::Val{P}) where {V,P}
+function multiply_places!(y, plane, x, kernel::DenseKernel, g, ::Val{F}, ::Val{N}) where {F,N}
     n, taps = length(kernel.taps), pointer(kernel.taps)
     weights = pointer(kernel.packed) + (g - 1) * GROUP * n * sizeof(Float32)
-    sums = ntuple(_ -> ntuple(_ -> zero(Lane), Val(V * P)), Val(GROUP))
+    sums = ntuple(_ -> ntuple(_ -> zero(Lane), Val(N)), Val(GROUP))
     for k in 1:n
-        input = load(x + unsafe_load(taps, k) * V * sizeof(Lane), Val(V * P))
-        sums = add_row(sums, input, weights + (k - 1) * GROUP * sizeof(Float32))
+        sums = add_row(sums, load(x + unsafe_load(taps, k) * F, Val(N)), weights + (k - 1) * GROUP * sizeof(Float32))
     end
-    for i in 1:min(GROUP, length(kernel.bias) - (g - 1) * GROUP)
+    for i in 1:outputs_of_group(kernel, g)
         b = @inbounds kernel.bias[(g - 1) * GROUP + i]
         row = map(s -> kernel.relu ? max(s + b, zero(s)) : s + b, sums[i])
-        store!(y + (i - 1) * plane, row, Val(V * P))
+        store!(y + (i - 1) * plane, row, Val(N))
     end
     return nothing
 end
+
+outputs_of_group(kernel, g) = min(group_size(kernel), length(kernel.bias) - (g - 1) * group_size(kernel))
 
 @inline add_row(sums, input, weights) =
     ntuple(i -> (w = Lane(unsafe_load(weights, i)); map((s, x) -> muladd(w, x, s), sums[i], input)), Val(GROUP))
@@ -190,17 +198,21 @@ end
     return values
 end
 
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, padding::Padding, ::Val{V}) where {V}
-    fill!(view(y, 1:(outputs(padding) * V * LANES)), padding.value)
-    n = first(padding.input)::Int * V * LANES
+multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{Padding,Scaling}, ::Val{V}) where {V} =
+    apply!(y, x, kernel, V * LANES)
+
+"Of an array in which features are `width` values."
+function apply!(y, x, padding::Padding, width)
+    fill!(view(y, 1:(outputs(padding) * width)), padding.value)
+    n = first(padding.input)::Int * width
     for (r, row) in enumerate(padding.rows)
-        copyto!(y, row * V * LANES + 1, x, (r - 1) * n + 1, n)
+        copyto!(y, row * width + 1, x, (r - 1) * n + 1, n)
     end
     return y
 end
 
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, (; features, scale, shift)::Scaling, ::Val{V}) where {V}
-    channel = features ÷ length(scale) * V * LANES
+function apply!(y, x, (; features, scale, shift)::Scaling, width)
+    channel = features ÷ length(scale) * width
     @inbounds for c in eachindex(scale, shift), i in ((c - 1) * channel + 1):(c * channel)
         y[i] = muladd(scale[c], x[i], shift[c])
     end
