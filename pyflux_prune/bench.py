@@ -18,6 +18,7 @@ from . import peers
 from .architectures import mlp
 from .choices import Global, Magnitude, Sparsity
 from .engines import get_engine
+from .engines.julia import has_image
 from .errors import InvalidInput
 from .network import prune
 
@@ -93,6 +94,7 @@ def bench(
     sparsities: Sequence[Sparsity] = (0.9,),
     threads: int = 1,
     repeats: int = 20,
+    start_up: bool = False,
     runtimes: bool = False,
     deepsparse: str | None = None,
 ) -> Bench:
@@ -107,6 +109,7 @@ def bench(
         sparsities: to prune to, by magnitude.
         threads: of all.
         repeats: of each measurement; the best counts.
+        start_up: compare also how long it takes from the start of Python to the first trained batch.
         runtimes: compare inference also with those of ONNX Runtime and OpenVINO that are installed.
         deepsparse: compare it also with the DeepSparse of this Python interpreter.
 
@@ -126,6 +129,8 @@ def bench(
     found = peers.installed() if runtimes else {}
     versions = {"julia": julia, "torch": get_engine("torch").versions(), "peers": dict(found)}
     rng, rows = np.random.default_rng(0), list[Row]()
+    if start_up:
+        rows += [compare_starts(sizes, batch, threads, repeats) for batch in batches]
     for sparsity in sparsities:
         net = prune(mlp(sizes, engine="julia"), Magnitude(), sparsity=sparsity, structure=Global())
         fast = net.sparsify()
@@ -144,6 +149,15 @@ def bench(
                 ours = peers.Calls(functools.partial(fast, x))
                 rows += compare("inference", batch, sparsity, ours, others, repeats)
     return Bench(tuple(sizes), threads, repeats, tuple(rows), versions)
+
+
+def compare_starts(sizes: Sequence[int], batch: int, threads: int, repeats: int) -> Row:
+    """Start Python for us and for PyTorch in turn, over and over, and return the row of the best times."""
+    works = [peers.Processes(script, sizes, batch, threads) for script in (peers.JULIA_START, peers.TORCH_START)]
+    times = [[1e6 * work.seconds(1) for work in works] for _ in range(repeats)]
+    ours, theirs = np.min(times, axis=0)
+    what = "start-up, system image" if has_image() else "start-up"
+    return Row(what, batch, 0.0, "PyTorch", float(ours), float(theirs))
 
 
 def compare(

@@ -386,6 +386,7 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None, co
 )
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Of all that is measured.")
 @click.option("--repeats", default=20, show_default=True, type=click.IntRange(1), help="The best of these counts.")
+@click.option("--start-up", is_flag=True, help="Add the time from the start of Python to the first trained batch.")
 @click.option("--peers", "runtimes", is_flag=True, help="Add ONNX Runtime and OpenVINO, if installed.")
 @click.option("--deepsparse", metavar="PYTHON", help="Add the DeepSparse of this interpreter.")
 @_JSON
@@ -400,6 +401,21 @@ def bench(
 
     result = measure_speed([features, *hidden, classes], batches=batch, **settings)
     _print(as_json, result.to_json(), result.table)
+
+
+@cli.command()
+@_JSON
+def build_sysimage(as_json: bool) -> None:
+    """Build a Julia that starts at once, for this Python environment; takes some minutes and a C compiler.
+
+    The Julia engine uses it by itself from then on, as long as neither Julia nor a package changes.
+    """
+    from . import sysimage
+    from .engines.julia import place
+
+    image = sysimage.build(*place())
+    size = image.stat().st_size
+    click.echo(json.dumps({"file": str(image), "bytes": size}) if as_json else f"{image}: {size:,} bytes")
 
 
 @cli.command()

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import sysimage
 from .engines import get_engine
 from .errors import EngineUnavailable
 
@@ -51,6 +52,7 @@ def examine() -> list[Finding]:
             Finding("Julia engine", True, f"Julia {versions['julia']}, {packages}", needed=True),
             Finding("threads", True, f"{versions['threads']} of {os.cpu_count()} processors"),
             Finding("BLAS", True, f"{versions['blas']}, {versions['blas_threads']} threads"),
+            _image(),
             _gpu(),
         ]
     return [*findings, _torch()]
@@ -67,6 +69,19 @@ def _mend() -> str:
     if os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes":
         return "unset PYTHON_JULIAPKG_OFFLINE on a machine with internet access, and run pyflux-prune doctor again"
     return "curl -fsSL https://install.julialang.org | sh    # then run pyflux-prune doctor again"
+
+
+def _image() -> Finding:
+    from .engines.julia import place, said
+
+    if given := said("SYSIMAGE"):
+        return Finding("system image", True, f"{given}, as PYTHON_JULIACALL_SYSIMAGE says")
+    project = place()
+    if fitting := sysimage.find(*project):
+        return Finding("system image", True, str(fitting))
+    stale = ", ".join(map(str, sysimage.built(project[1])))
+    found = f"{stale} is stale, and not used: Julia, a package or the processor is another" if stale else "none"
+    return Finding("system image", False, found, "pyflux-prune build-sysimage    # to start sooner")
 
 
 def _gpu() -> Finding:

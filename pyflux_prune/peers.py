@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -54,6 +55,59 @@ class Calls(Work):
     def outputs(self) -> Float:
         """Return what the function returns."""
         return np.asarray(self.function())
+
+
+class Processes(Work):
+    """Fresh Python processes, each from its start until it says that it has trained a batch."""
+
+    def __init__(self, script: str, sizes: Sequence[int], batch: int, threads: int) -> None:
+        """Take a script, and the perceptron, samples and threads that it should train."""
+        self.command = [sys.executable, "-c", script, *map(str, (batch, threads, *sizes))]
+
+    def seconds(self, times: int) -> float:
+        """Start processes one after the other; their end does not count."""
+        total = 0.0
+        for _ in range(times):
+            began = time.perf_counter()
+            with subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                said = process.stdout.readline()
+                total += time.perf_counter() - began
+            if said != "trained\n":
+                raise EngineUnavailable("a fresh Python process could not train a batch; what it says is above")
+        return total
+
+
+JULIA_START = """
+import sys
+import numpy as np
+import pyflux_prune as fp
+
+batch, threads, *sizes = map(int, sys.argv[1:])
+net = fp.mlp(sizes, engine="julia")
+rng = np.random.default_rng(0)
+x, y = rng.random((batch, sizes[0]), dtype=np.float32), rng.integers(0, sizes[-1], batch)
+net.model.start(fp.Adam())
+net.model.train(x, y, np.arange(batch), batch)
+print("trained", flush=True)
+"""
+"""For ``Processes``; Julia takes its threads from the environment."""
+
+TORCH_START = """
+import sys
+import torch
+from torch import nn
+
+batch, threads, *sizes = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+module = nn.Sequential(*layers[:-1])
+optimiser = torch.optim.Adam(module.parameters())
+x, y = torch.rand(batch, sizes[0]), torch.randint(sizes[-1], (batch,))
+nn.functional.cross_entropy(module(x), y).backward()
+optimiser.step()
+print("trained", flush=True)
+"""
 
 
 class JuliaTraining(Work):

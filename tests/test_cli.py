@@ -308,7 +308,7 @@ def test_doctor_finds_julia(command: Command) -> None:
     assert code == 0
     assert "Julia engine" in out
     findings = json.loads(command("doctor", "--json")[1])
-    assert {"Julia engine", "threads", "BLAS", "GPU", "PyTorch"} <= {f["what"] for f in findings}
+    assert {"Julia engine", "threads", "BLAS", "system image", "GPU", "PyTorch"} <= {f["what"] for f in findings}
 
 
 NO_JULIA = {"PATH": "/nowhere", "PYTHON_JULIAPKG_OFFLINE": "yes"}
@@ -357,7 +357,7 @@ def test_help_lists_the_choices(command: Command) -> None:
 
 
 def test_help_is_there_for_every_command(command: Command) -> None:
-    for name in ("run", "crosscheck", "inspect", "convert", "bench", "doctor"):
+    for name in ("run", "crosscheck", "inspect", "convert", "bench", "build-sysimage", "doctor"):
         code, out, _ = command(name, "--help")
         assert code == 0
         assert "Usage" in out

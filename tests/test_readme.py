@@ -51,7 +51,7 @@ def test_the_commands_are_the_ones_that_are_tested() -> None:
 
 
 def test_every_command_that_readme_names_exists() -> None:
-    named = set(re.findall(r"`(pyflux-prune \w+)", TEXT))
+    named = set(re.findall(r"`(pyflux-prune [\w-]+)", TEXT))
     assert len(named) >= 6
     for command in named:
         done = subprocess.run(

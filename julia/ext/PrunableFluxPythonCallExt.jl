@@ -8,10 +8,9 @@ using MLUtils: BatchView, obsview
 using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
-using PrunableFlux: PrunableFlux, Global, Layerwise, Prunable, PrunableConv, PrunableDense, SparseNetwork, canonical, evaluate,
-                    features, flipped, host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer,
-                    zero_pruned!
-import PythonCall
+using PrunableFlux: PrunableFlux, Prunable, PrunableConv, PrunableDense, SparseNetwork, canonical, evaluate, features, flipped,
+                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer, zero_pruned!
+using PythonCall: Py, pybuiltins, pyconvert, pygetattr, pyrepr
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
 
@@ -170,44 +169,50 @@ function advance!(steps::Steps, seconds)
     return steps.done
 end
 
-# What Python calls, in its order and with the types that its arguments have here: layers of all kinds between a first and
-# a last one that are the usual, since how gradients reach a layer depends on what follows it.
+# What Python calls, in its order, through Python, so that conversions are compiled too: layers of all kinds between a first
+# and a last one that are the usual, since how gradients reach a layer depends on what follows it.
 @setup_workload begin
     x, y, order = rand(Float32, 192), repeat(0:2, 4), collect(0:11)
     w, m, b, fast = rand(Float32, 144), fill(true, 144), rand(Float32, 16), zeros(Float32, 3, 12)
     at(array) = Int(pointer(array))
-    dense_part(outputs, inputs, σ) = dense(outputs, inputs, at(w), at(m), at(b), σ)
-    conv_part(outputs, inputs, bias, σ) = conv(outputs, inputs, 3, 3, at(w), at(m), bias, σ, (1, 1), (1, 1), (1, 1))
     @compile_workload GC.@preserve x y order w m b fast begin
+        bridge, view = Py(@__MODULE__), pybuiltins.memoryview
+        dense_part(outputs, inputs, σ) = bridge.dense(outputs, inputs, at(w), at(m), at(b), σ)
+        conv_part(outputs, inputs, bias, σ) =
+            bridge.conv(outputs, inputs, 3, 3, at(w), at(m), bias, σ, (1, 1), (1, 1), (1, 1))
         perceptrons = map((("relu", "relu"), ("tanh", "sigmoid"))) do hidden
-            network((dense_part(4, 4, σ) for σ in hidden)..., dense_part(3, 4, "identity"))
+            bridge.network((dense_part(4, 4, σ) for σ in hidden)..., dense_part(3, 4, "identity"))
         end
-        images = network(conv_part(2, 1, at(b), "relu"), pool("max", (2, 2), (2, 2), (0, 0)), conv_part(4, 2, 0, "identity"),
-                         batchnorm(4, at(b), at(b), at(b), at(b), "relu", 1e-5, 0.1), pool("max", (2, 2), (2, 2), (0, 0)),
-                         flatten(), dense_part(4, 4, "relu"), dense_part(3, 4, "identity"))
-        for (model, sizes) in ((perceptrons[1], 4), (perceptrons[2], 4), (images, (4, 4, 1)))
-            data, place = (at(x), sizes, at(y), 12), length(model)
-            load!(model, place, at(w), at(m), at(b))
-            weight(model, 1), mask(model, 1), bias(model, 1), repr(model)
-            opt = setup(model, choice("Adam"; beta = (0.9, 0.999), eta = 0.01, epsilon = 1e-8))
-            steps = Steps(model, opt, data..., at(order), 12, 5)
-            advance!(steps, 0.2), length(steps.losses)
-            forward(model, at(x), sizes, 12), score(model, data...), loss_and_gradients(model, data...)
+        images = bridge.network(
+            conv_part(2, 1, at(b), "relu"), bridge.pool("max", (2, 2), (2, 2), (0, 0)), conv_part(4, 2, 0, "identity"),
+            bridge.batchnorm(4, at(b), at(b), at(b), at(b), "relu", 1e-5, 0.1), bridge.pool("max", (2, 2), (2, 2), (0, 0)),
+            bridge.flatten(), dense_part(4, 4, "relu"), dense_part(3, 4, "identity"))
+        for (model, sizes, place) in ((perceptrons[1], 4, 3), (perceptrons[2], 4, 3), (images, (4, 4, 1), 8))
+            data = (at(x), sizes, at(y), 12)
+            pygetattr(bridge, "load!")(model, place, at(w), at(m), at(b))
+            foreach(view, (bridge.weight(model, 1), bridge.mask(model, 1), bridge.bias(model, 1)))
+            pyrepr(model)
+            opt = bridge.setup(model, bridge.choice("Adam"; beta = (0.9, 0.999), eta = 0.01, epsilon = 1e-8))
+            steps = bridge.Steps(model, opt, data..., at(order), 12, 5)
+            pygetattr(bridge, "advance!")(steps, 0.2), length(steps.losses), view(steps.losses)
+            view(bridge.forward(model, at(x), sizes, 12))
+            bridge.score(model, data...), bridge.loss_and_gradients(model, data...)
             model === perceptrons[2] && continue
-            for (structure, sparsity) in ((Layerwise(), 0.2), (Global(), 0.6))
-                prune(model, choice("Magnitude"), sparsity, structure, opt, 0, sizes, 0, 0)
+            for (structure, sparsity) in (("Layerwise", 0.2), ("Global", 0.6))
+                bridge.prune(model, bridge.choice("Magnitude"), sparsity, bridge.choice(structure), opt, 0, sizes, 0, 0)
             end
-            advance!(Steps(model, opt, data..., at(order), 12, 5), 0.2)
+            pygetattr(bridge, "advance!")(bridge.Steps(model, opt, data..., at(order), 12, 5), 0.2)
             for name in ("Magnitude", "Taylor", "SynFlow", "Wanda")
-                scores(model, choice(name), data...)
+                view(bridge.scores(model, bridge.choice(name), data...)[0])
             end
         end
         model = first(perceptrons)
-        scores(model, choice("OBD"), at(x), 4, at(y), 12)
+        bridge.scores(model, bridge.choice("OBD"), at(x), 4, at(y), 12)
         for (model, sizes) in ((model, 4), (images, (4, 4, 1)))
-            sparse = sparsify(model, "auto", sizes)
-            infer_function(), address(sparse)
-            foreach(n -> infer!(sparse, at(fast), at(x), n), (1, 12))
+            sparse = bridge.sparsify(model, "auto", sizes)
+            bridge.infer_function()
+            place = Ptr{Cvoid}(pyconvert(UInt, bridge.address(sparse)))
+            GC.@preserve sparse foreach(n -> infer_at(place, pointer(fast), pointer(x), n % Csize_t), (1, 12))
         end
     end
 end

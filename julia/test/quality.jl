@@ -24,3 +24,24 @@ end
         @test strip(result) == strip(shown)
     end
 end
+
+# In a process of its own, with the means of SnoopCompileCore's `@snoop_invalidations`; the last line is one that it must see.
+@testset "loading makes no code of others invalid" begin
+    script = """
+    using Flux
+    entries = ccall(:jl_debug_method_invalidation, Any, (Cint,), 1)
+    using PrunableFlux
+    g(x) = 1
+    f(x) = g(x[])
+    f(Ref{Any}(1))
+    g(::Int) = 2
+    ccall(:jl_debug_method_invalidation, Any, (Cint,), 0)
+    for (method, what) in zip(entries, entries[2:end])
+        what == "jl_method_table_insert" && method isa Method && println(Base.moduleroot(method.module))
+    end
+    """
+    command = `$(Base.julia_cmd()) --project=$(Base.active_project()) --startup-file=no -e $script`
+    guilty = readlines(command)
+    @test "Main" in guilty
+    @test "PrunableFlux" ∉ guilty
+end

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import sysimage
 from ..choices import Choice, Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import Diverged, EngineUnavailable, InvalidInput
 from .base import Engine, Kernels, Model, Samples, Scores
@@ -28,6 +29,18 @@ from .parts import BatchNorm, ConvLayer, Flatten, Float, Input, Int, Layer, Part
 
 SECONDS_PER_CALL = 0.2
 """How long one call into Julia trains before Python may look at Ctrl-C and redraw progress."""
+
+LOAD = """
+GC.enable(false)  # nothing becomes garbage here, and looking for it takes a tenth of the time
+try
+    @eval begin
+        using Flux, PrunableFlux
+        import LinearAlgebra
+    end
+finally
+    GC.enable(true)
+end
+"""
 
 PACKAGE = Path(__file__).parent.parent / "julia"
 """The Julia package: a link to the repository's ``julia/``, or the wheel's own copy."""
@@ -41,26 +54,41 @@ def start() -> Any:
         EngineUnavailable: Julia or its packages cannot be had here.
 
     """
-    try:
-        with _stdout_to_stderr(), _environment(_defaults()), warnings.catch_warnings():
-            # juliacall warns if torch came first; the crash it fears is tested for, and no user can act on it.
-            warnings.filterwarnings("ignore", message="torch was imported before juliacall")
-            _prepare_project()
+    with _explained(), warnings.catch_warnings():
+        # juliacall warns if torch came first; the crash it fears is tested for, and no user can act on it.
+        warnings.filterwarnings("ignore", message="torch was imported before juliacall")
+        settings = {} if "juliacall" in sys.modules else _defaults() | _image(*_prepared())
+        with _environment(settings):
             import juliacall
 
             main = juliacall.Main
-            main.seval("using Flux, PrunableFlux; import LinearAlgebra")
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, subprocess.CalledProcessError):
-            reason = "its package manager failed; what it says is above"
-        raise EngineUnavailable(
-            f"Julia could not be started ({reason}); `pyflux-prune doctor` says what is missing"
-        ) from error
+            main.seval(LOAD)
     _take_back_interrupts()
     if not {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
         main.seval("LinearAlgebra.BLAS.set_num_threads(Threads.nthreads())")
     return main
+
+
+def place() -> tuple[str, Path]:
+    """Return Julia's executable and the project that juliacall uses here, having seen to both.
+
+    Raises:
+        EngineUnavailable: Julia or its packages cannot be had here.
+
+    """
+    with _explained():
+        return _prepared()
+
+
+def said(name: str) -> str | None:
+    """Return what the user has told juliacall about an option, such as "THREADS"."""
+    option = sys._xoptions.get(f"juliacall-{name.lower().replace('_', '-')}")
+    return str(option) if option is not None else os.environ.get(f"PYTHON_JULIACALL_{name}")
+
+
+def has_image() -> bool:
+    """Whether juliacall starts Julia with a system image other than Julia's own."""
+    return bool(_image(*place()))
 
 
 def _defaults() -> dict[str, str]:
@@ -69,17 +97,39 @@ def _defaults() -> dict[str, str]:
     With Julia's signal handling off, more than one Julia thread can crash in the garbage collector: handling
     is on, unless the user turned it off, and then there is one thread.
     """
-
-    def said(name: str) -> str | None:
-        option = sys._xoptions.get(f"juliacall-{name.lower().replace('_', '-')}")
-        return str(option) if option is not None else os.environ.get(f"PYTHON_JULIACALL_{name}")
-
     defaults = {}
     if said("HANDLE_SIGNALS") is None:
         defaults["PYTHON_JULIACALL_HANDLE_SIGNALS"] = "yes"
     if said("THREADS") is None and "JULIA_NUM_THREADS" not in os.environ:
         defaults["PYTHON_JULIACALL_THREADS"] = "1" if said("HANDLE_SIGNALS") == "no" else "auto"
     return defaults
+
+
+def _image(julia: str, project: Path) -> dict[str, str]:
+    """What juliacall and a system image should be told, where there is one that fits or the user has said one."""
+    found = said("SYSIMAGE") or sysimage.find(julia, project)
+    if found is None:
+        return {}
+    embedding = {
+        sysimage.LIBPYTHON: f"{os.getpid()} {ctypes.pythonapi._handle}",
+        "JULIA_PYTHONCALL_EXE": sys.executable,
+    }
+    return embedding | {"PYTHON_JULIACALL_SYSIMAGE": str(found)}
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn whatever keeps Julia from starting into one sentence, and keep stdout clean meanwhile."""
+    try:
+        with _stdout_to_stderr():
+            yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, subprocess.CalledProcessError):
+            reason = "its package manager failed; what it says is above"
+        raise EngineUnavailable(
+            f"Julia could not be started ({reason}); `pyflux-prune doctor` says what is missing"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -110,16 +160,19 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def _prepare_project() -> None:
-    """See to the Julia project that juliacall will ask juliapkg for."""
-    if "juliacall" in sys.modules or {"PYTHON_JULIACALL_EXE", "PYTHON_JULIACALL_PROJECT"} & os.environ.keys():
-        return
+def _prepared() -> tuple[str, Path]:
+    """See to the Julia project that juliacall will ask juliapkg for; return Julia's executable and the project."""
+    exe, given = said("EXE"), said("PROJECT")
+    if exe and given:
+        return exe, Path(given)
+    if exe or given:
+        raise ValueError("PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT must both be set, or neither")
     import juliapkg
 
     if not juliapkg.offline(None):
         if not juliapkg.resolve(dry_run=True):
             print("pyflux_prune: preparing Julia and its packages; some minutes, once", file=sys.stderr)
-        return
+        return juliapkg.executable(), Path(juliapkg.project())
     # Offline, juliapkg finds Julia and leaves the project empty: fill it from the packages in the depot.
     project = Path(juliapkg.project())
     if not (project / "Manifest.toml").exists():
@@ -132,6 +185,7 @@ def _prepare_project() -> None:
             check=True,
             env={**os.environ, "JULIA_PYTHONCALL_EXE": sys.executable},
         )
+    return juliapkg.executable(), project
 
 
 def _take_back_interrupts() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from pyflux_prune import EngineUnavailable, mlp
 from pyflux_prune.bench import Bench, Row, compare
-from pyflux_prune.peers import Calls, DeepSparse, write_onnx
+from pyflux_prune.peers import Calls, DeepSparse, Processes, write_onnx
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,6 +39,21 @@ def test_bench_prints_ratios_measured_in_one_run() -> None:
     assert result["threads"] == versions["julia"]["threads"] == versions["julia"]["blas_threads"] == 2
     assert versions["torch"]["threads"] == 2
     assert versions["julia"]["processor"]
+
+
+@pytest.mark.julia
+def test_bench_measures_start_up() -> None:
+    done = bench("--start-up", "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["rows"][0]
+    assert row["what"] in ("start-up", "start-up, system image")
+    assert (row["batch"], row["peer"]) == (64, "PyTorch")
+    assert row["ratio"] > 0
+
+
+def test_a_process_that_trains_nothing_is_told() -> None:
+    with pytest.raises(EngineUnavailable, match="could not train a batch"):
+        Processes("raise SystemExit(1)", [4, 3], 1, 1).seconds(1)
 
 
 @pytest.mark.julia
