@@ -134,6 +134,19 @@ def test_prune_in_julia() -> None:
     assert "PrunableDense(64 => 64, relu; density=" in done.stdout
 
 
+@pytest.mark.julia
+def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run_julia("-e", "using MPI; isnothing(Sys.which(first(MPI.mpiexec().exec))) && error(MPI.mpiexec())")
+    if found.returncode:
+        pytest.skip(f"needs MPI.jl and mpiexec: {found.stderr.strip().splitlines()[0]}")
+    for name in ("ALLOW_RUN_AS_ROOT", "ALLOW_RUN_AS_ROOT_CONFIRM", "MCA_rmaps_base_oversubscribe"):
+        monkeypatch.setenv(f"OMPI_{name}", "1")
+    example = f"--project=$(Base.active_project()) {EXAMPLES / 'data_parallel.jl'} 2"
+    done = run_julia("-e", f"using MPI; run(`$(MPI.mpiexec()) -n 2 $(Base.julia_cmd()) {example}`)")
+    assert done.returncode == 0, done.stderr
+    assert "round 2, 2 processes: 51 % pruned" in done.stdout
+
+
 def test_every_example_is_tested() -> None:
     tested = Path(__file__).read_text()
     assert all(path.name in tested for path in EXAMPLES.iterdir())

@@ -44,7 +44,7 @@ function rebuilt(layer::PrunableConv, W, mask; bias = bias(layer), σ = layer.co
     return PrunableConv(Conv(W, bias, σ; stride, pad, dilation, groups), mask)
 end
 
-canonical(layer::PrunableConv, A) = permutedims(flipped(Array(A)), ndims(A):-1:1)
+canonical(layer::PrunableConv, A) = permutedims(flipped(on_host(A)), ndims(A):-1:1)
 native(layer::PrunableConv, A) = flipped(permutedims(A, ndims(A):-1:1))
 
 flipped(W) = reverse(W; dims = ntuple(identity, ndims(W) - 2))

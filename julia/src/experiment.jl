@@ -23,17 +23,18 @@ true
 ```
 """
 function prune!(model, criterion, data...; kwargs...)
-    before = host_masks(model)
+    alive() = [any(layer.mask) for layer in prunables(model)]
+    before = alive()
     prune_silently!(model, criterion, data...; kwargs...)
-    for (i, (was, is)) in enumerate(zip(before, host_masks(model)))
-        any(was) && !any(is) && @warn "pruning left no weight in the $(ordinal(i)) layer, so that the outputs no longer depend on the \
+    for i in findall(before .& .!alive())
+        @warn "pruning left no weight in the $(ordinal(i)) layer, so that the outputs no longer depend on the \
             inputs; min_kept = 1 in the structure keeps one"
     end
     return model
 end
 
 "The masks on the host, as [`canonical`](@ref) arrays."
-host_masks(model) = [convert(Array{Bool}, canonical(layer, layer.mask)) for layer in prunables(model)]
+host_masks(model) = [Array{Bool}(canonical(layer, layer.mask)) for layer in prunables(model)]
 
 function prune_silently!(model, criterion, data...; sparsity = nothing, structure = Global(), opt = nothing)
     of_neurons(criterion) && !(structure isa Neurons) && throw(ArgumentError(
@@ -41,16 +42,21 @@ function prune_silently!(model, criterion, data...; sparsity = nothing, structur
     masks = host_masks(model)
     match = contest(structure, masks, sparsity)
     structure isa Neurons && sequence(model)
-    isnothing(match.keep) && return apply!(model, opt, prune_step!(model, criterion, data, structure, masks, match, nothing))
-    steps, kept = iterations(criterion), [sum(count, at(match.units, places)) for places in match.groups]
-    work = steps == 1 ? model : deepcopy(model) # so that nothing has changed if a later step fails
-    for step in 1:steps
-        now = Contest(competitors(structure, masks), match.layers, match.groups, match.keep)
-        keep = step == steps ? match.keep : round.(Int, kept .* (match.keep ./ max.(kept, 1)) .^ (step / steps))
-        masks = prune_step!(work, criterion, data, structure, masks, now, keep)
+    steps = isnothing(match.keep) ? 1 : iterations(criterion)
+    if steps == 1
+        prune_step!(model, criterion, data, structure, masks, match, match.keep)
+    else
+        kept = [kept_at(match.units, places) for places in match.groups]
+        work = deepcopy(model) # so that nothing has changed if a later step fails
+        for step in 1:steps
+            now = Contest(competitors(structure, masks), match.layers, match.groups, match.keep)
+            keep = step == steps ? match.keep : round.(Int, kept .* (match.keep ./ max.(kept, 1)) .^ (step / steps))
+            masks = prune_step!(work, criterion, data, structure, masks, now, keep)
+        end
+        Flux.loadmodel!(model, work)
     end
-    work === model || Flux.loadmodel!(model, work)
-    return apply!(model, opt, masks)
+    isnothing(opt) || mask!(opt, model)
+    return model
 end
 
 "Score, select, let the survivors make up for it, and mask; return the new masks."
@@ -59,18 +65,16 @@ function prune_step!(model, criterion, data, structure, masks, match, keep)
     isnothing(keep) && (keep = above_cutoff(criterion, structure, scores, match))
     new = select(structure, scores, masks, match, keep)
     compensate!(criterion, model, map(native, prunables(model), masks), map(native, prunables(model), new), data...)
-    apply!(model, nothing, new)
-    return new
+    return apply!(model, new)
 end
 
-function apply!(model, opt, masks)
+function apply!(model, masks)
     foreach((layer, mask) -> copyto!(layer.mask, native(layer, mask)), prunables(model), masks)
     mask!(model)
-    isnothing(opt) || mask!(opt, model)
-    return model
+    return masks
 end
 
-host_scores(layer, scores) = scores isa AbstractVector ? Array(scores) : canonical(layer, scores)
+host_scores(layer, scores) = scores isa AbstractVector ? on_host(scores) : canonical(layer, scores)
 
 "How many each group keeps if all that scores below the criterion's own cutoff goes, but for what is protected."
 function above_cutoff(criterion, structure, scores, match)
@@ -79,7 +83,7 @@ function above_cutoff(criterion, structure, scores, match)
     isnothing(cut) && throw(ArgumentError(
         "sparsity must be given with $(nameof(typeof(criterion))) and $(nameof(typeof(structure)))"))
     stays = map((score, unit) -> unit .& (score .>= cut) .| protected(score, unit, structure.min_kept), scores, match.units)
-    return [sum(count, at(stays, places)) for places in match.groups]
+    return [kept_at(stays, places) for places in match.groups]
 end
 
 """

@@ -148,10 +148,13 @@ rebuilt(layer::PrunableDense, W, mask; bias = bias(layer), σ = layer.dense.σ) 
     native(layer, A)
 
 An array of the size of the layer's weight with the dimensions `(out, in, kernel...)`, ordered as PyTorch orders them (which
-does not flip the kernels of convolutions); and back.
+does not flip the kernels of convolutions); and back. Where nothing is to be done, that is the array itself.
 """
-canonical(::PrunableDense, A) = Array(A)
+canonical(::PrunableDense, A) = on_host(A)
 native(::PrunableDense, A) = A
+
+on_host(A::Array) = A
+on_host(A) = Array(A)
 
 """
     density(model)

@@ -48,7 +48,8 @@ function regrow!(method, model, batch; fraction = method.fraction, opt = nothing
         drop_lowest!([stay_out], [-promise], n)
         stay, .!mask .& .!stay_out
     end
-    apply!(model, opt, first.(new)) # forgets the dropped, and, of the growing, what it may have kept
+    apply!(model, first.(new))
+    isnothing(opt) || mask!(opt, model) # forgets the dropped, and, of the growing, what it may have kept
     foreach((layer, (stay, grown)) -> copyto!(layer.mask, native(layer, stay .| grown)), layers, new)
     return model
 end

@@ -59,31 +59,31 @@ function step!(loss, model, opt, x, y)
     return value
 end
 
-"What `Optimisers.update!` does to `model` and `opt`, after which pruned weights are 0."
+"What `Optimisers.update!` does to `model` and `opt`, leaf by leaf in the same order, after which pruned weights are 0."
 function masked_update!(opt, model, gradient)
-    leaves = IdDict{Optimisers.Leaf,Any}() # tied parameters share a leaf: their gradients are added up
-    collect_leaves!(leaves, opt, model, gradient)
-    for (leaf, (x, dx, mask)) in leaves
-        leaf.frozen || update_leaf!(leaf.rule, leaf, x, dx, mask)
+    sums, leaves = IdDict{Optimisers.Leaf,Any}(), Any[] # tied parameters share a leaf: their gradients are added up
+    collect_leaves!(sums, leaves, opt, model, gradient)
+    for (leaf, x, mask) in leaves # in an order that all processes share, as rules may exchange gradients
+        leaf.frozen || update_leaf!(leaf.rule, leaf, x, sums[leaf], mask)
     end
     return model
 end
 
-function collect_leaves!(leaves, opt, node, gradient, mask = nothing)
+function collect_leaves!(sums, leaves, opt, node, gradient, mask = nothing)
     gradient isa Ref && (gradient = gradient[]) # of a mutable struct
     if isnothing(gradient) || opt === ()
         return leaves
     elseif opt isa Optimisers.Leaf
-        sum = haskey(leaves, opt) ? leaves[opt][2] .+ gradient : gradient
-        leaves[opt] = (node, sum, mask)
+        haskey(sums, opt) || push!(leaves, (opt, node, mask))
+        sums[opt] = haskey(sums, opt) ? sums[opt] .+ gradient : gradient
     elseif node isa Prunable
         memory, slopes = inner(opt, node), inner(gradient, node)
         isnothing(slopes) && return leaves
-        collect_leaves!(leaves, memory.weight, weight(node), slopes.weight, node.mask)
-        collect_leaves!(leaves, memory.bias, bias(node), slopes.bias)
+        collect_leaves!(sums, leaves, memory.weight, weight(node), slopes.weight, node.mask)
+        collect_leaves!(sums, leaves, memory.bias, bias(node), slopes.bias)
     else
         nodes = children(node)
-        foreach(key -> collect_leaves!(leaves, opt[key], nodes[key], gradient[key]), keys(nodes))
+        foreach(key -> collect_leaves!(sums, leaves, opt[key], nodes[key], gradient[key]), keys(nodes))
     end
     return leaves
 end

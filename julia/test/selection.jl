@@ -46,6 +46,62 @@ end
     @test select(Global(), signed, [trues(2, 2)], 0.5) == [Bool[0 0; 1 1]]
 end
 
+"The rule, written as a sort of all: which of the kept units stay if `keep` do, by score, layer, output, input and place."
+function sorted_out(scores, masks, keep)
+    order = [(score[i], l, Tuple(i)) for (l, (score, mask)) in enumerate(zip(scores, masks)) for i in CartesianIndices(mask)
+             if mask[i]]
+    new = map(copy, masks)
+    for (_, l, i) in first(sort!(order; by = t -> (t[1] + 0.0, t[2], t[3])), length(order) - keep)
+        new[l][i...] = false
+    end
+    return new
+end
+
+@testset "as by sorting all scores: trial $trial" for trial in 1:120
+    rng = Xoshiro(trial)
+    T = rand(rng, (Float32, Float64, Float16, Int))
+    largest, dims = rand(rng, ((12, 2), (300, 2), (12, 4)))
+    sizes = [Tuple(rand(rng, 1:largest, dims)) for _ in 1:rand(rng, 1:3)]
+    scores = map(sizes) do size
+        kind = rand(rng, (:different, :few, :zeros, :alike, :infinite))
+        T === Int || kind === :few ? T.(rand(rng, -2:2, size)) :
+            kind === :different ? randn(rng, T, size) :
+            kind === :zeros ? rand(rng, T[-0.0, 0.0, 1e-7, -1e-7], size) :
+            kind === :alike ? T(1) .+ eps(T) .* rand(rng, 0:3000, size) : rand(rng, T[-Inf, Inf, 1, 2], size)
+    end
+    masks = [rand(rng, Float32, size) .> 0.2 for size in sizes]
+    n = sum(length, masks)
+    s = max(n - sum(count, masks), rand(rng, 0:(n - 1))) / n
+    before = deepcopy((scores, masks))
+    @test select(Global(), scores, masks, s) == sorted_out(scores, masks, n - round(Int, s * n))
+    @test (scores, masks) == before
+    for (score, mask) in zip(scores, masks)
+        s = max(count(!, mask), rand(rng, 0:length(mask))) / length(mask)
+        s < 1 && @test select(Layerwise(), [score], [mask], s) == sorted_out([score], [mask], length(mask) - round(Int, s * length(mask)))
+    end
+end
+
+@testset "all weights but those of a few rows are alike" begin
+    score = [Float64(i > 70 && j > 3) for i in 1:80, j in 1:90]
+    for k in (1, 89, 90, 91, 6300, 6301, 6300 + 31, 7000)
+        @test select(Global(), [score], [trues(80, 90)], k / 7200) == sorted_out([score], [trues(80, 90)], 7200 - k)
+    end
+end
+
+@testset "scores of what is pruned already do not count, even if NaN" begin
+    scores, masks = [Float32[NaN 3; 1 2]], [Bool[0 1; 1 1]]
+    @test select(Global(), scores, masks, 0.5) == [Bool[0 1; 0 1]]
+    @test_throws ArgumentError select(Global(), scores, [trues(2, 2)], 0.5)
+    @test select(Global(exclude = 1), [scores; [ones(1, 2)]], [trues(2, 2), trues(1, 2)], 0.5) == [trues(2, 2), Bool[0 1]]
+end
+
+@testset "selection needs no memory for each weight" begin
+    scores, masks = [rand(Xoshiro(1), Float32, 500, 400)], [fill(true, 500, 400)]
+    allocated() = @allocated PrunableFlux.drop_lowest!(masks, scores, 50_000)
+    allocated()
+    @test allocated() < 200_000
+end
+
 @testset "one sparsity per layer" begin
     model = mlp(Xoshiro(2), 10, 10, 10)
     prune!(model, Magnitude(); sparsity = [0.2, 0.75], structure = Layerwise())

@@ -127,3 +127,33 @@ end
     end
     @test model[1].dense.weight ≈ other[1].dense.weight
 end
+
+struct Noting <: Optimisers.AbstractRule
+    seen::Vector{Any}
+end
+Optimisers.init(::Noting, x::AbstractArray) = nothing
+Optimisers.apply!(rule::Noting, state, x, dx) = (push!(rule.seen, size(x)); (state, dx))
+
+@testset "parameters are updated in the order of the network, as processes that exchange gradients must" begin
+    model, rule = mlp(Xoshiro(1), 8, 7, 6, 5, 4, 3), Noting([])
+    train_masked!(Flux.logitcrossentropy, model, [labelled(Xoshiro(2))], Flux.setup(rule, model))
+    @test rule.seen == map(size, Flux.trainables(model))
+end
+
+function plain_step!(model, opt, x, y)
+    gradient, = Flux.gradient(m -> Flux.logitcrossentropy(m(x), y), model)
+    return Optimisers.update!(opt, model, gradient)
+end
+masked_step!(model, opt, x, y) = PrunableFlux.step!(Flux.logitcrossentropy, model, opt, x, y)
+
+@testset "a masked step needs as much memory as a plain one" begin
+    plain = Chain(Dense(784 => 300, relu), Dense(300 => 100, relu), Dense(100 => 10))
+    model = prune!(prunable(deepcopy(plain)), Magnitude(); sparsity = 0.2)
+    x, y = randn(Float32, 784, 64), Flux.onehotbatch(rand(1:10, 64), 1:10)
+    bytes = map((plain_step! => plain, masked_step! => model)) do (step!, network)
+        opt = Flux.setup(Adam(), network)
+        step!(network, opt, x, y)
+        minimum(_ -> (@allocated step!(network, opt, x, y)), 1:3)
+    end
+    @test bytes[2] < 1.01 * bytes[1]
+end

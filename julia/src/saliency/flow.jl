@@ -14,14 +14,13 @@ end
 iterations(criterion::SynFlow) = criterion.iterations
 
 function saliency(::SynFlow, model, data...)
-    net = double(model)
-    flow = with_layers(linear, net)
-    x = fill!(similar(first(weights(net)), sample_size(first(prunables(net)), data...)..., 1), 1)
-    return map((W, g) -> abs.(W) .* g, weights(net), weight_gradients(m -> sum(forward(m, x)), flow))
+    flow = Flux.testmode!(Flux.f64(deepcopy(with_layers(linear, model))))
+    x = fill!(similar(first(weights(flow)), sample_size(first(prunables(flow)), data...)..., 1), 1)
+    return map((W, g) -> W .* g, weights(flow), weight_gradients(m -> sum(forward(m, x)), flow))
 end
 
 sample_size(layer, data) = size(first(data))[1:(end - 1)]
 sample_size(layer::PrunableDense) = size(layer, 2)
 sample_size(layer::PrunableConv) = throw(ArgumentError("SynFlow needs data (x, y) to know the size of a convolution's inputs"))
 
-linear(layer) = rebuilt(layer, abs.(weight(layer)), layer.mask; bias = false, σ = identity)
+linear(layer) = rebuilt(layer, mask!(abs.(Float64.(weight(layer))), layer.mask), layer.mask; bias = false, σ = identity)

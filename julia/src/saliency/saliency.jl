@@ -44,15 +44,16 @@ weight_gradients(f, model) = per_layer(only(Flux.gradient(f, model)), model)
 
 "What the gradient of a model holds for the weight of each prunable layer; the parts of a tied layer are added up."
 function per_layer(gradient, model)
-    sums = IdDict(layer => zero(weight(layer)) for layer in prunables(model))
+    sums = IdDict{Any,Any}()
     add_parts!(sums, gradient, model)
-    return [sums[layer] for layer in prunables(model)]
+    return [get(() -> zero(weight(layer)), sums, layer) for layer in prunables(model)]
 end
 
 function add_parts!(sums, gradient, node)
     isnothing(gradient) && return nothing
     if node isa Prunable
-        sums[node] .+= inner(gradient, node).weight
+        part = inner(gradient, node).weight
+        sums[node] = haskey(sums, node) ? sums[node] .+ part : part
     elseif gradient isa Ref # of a mutable struct
         add_parts!(sums, gradient[], node)
     else

@@ -112,7 +112,7 @@ function contest(structure, masks, sparsity)
     targets = layer_sparsities(structure, masks, layers, sparsity)
     keep = map(groups) do places
         s = targets[findfirst(==(first(first(places))), layers)]
-        n, kept = sum(length, at(units, places)), sum(count, at(units, places))
+        n, kept = sum(length, at(units, places)), kept_at(units, places)
         target = n - round(Int, s * n)
         target <= kept || throw(ArgumentError("sparsity = $s asks for $(n - target) of $n, but $(n - kept) are pruned \
             already in $(place_name(places)), and pruned stays pruned"))
@@ -122,6 +122,9 @@ function contest(structure, masks, sparsity)
 end
 
 at(arrays, places) = [view(arrays[layer], indices...) for (layer, indices) in places]
+
+"How many of the Bool arrays' entries at these places are `true`."
+kept_at(arrays, places) = sum(count, at(arrays, places))
 
 place_name(places) = length(places) == 1 ? "the $(ordinal(first(only(places)))) layer" : "all competing layers"
 
@@ -206,19 +209,20 @@ function select(structure, scores, masks, sparsity)
 end
 
 function select(structure, scores, masks, match::Contest, keep)
+    (; units, layers, groups) = match
     scores = unit_scores(structure, scores, masks)
-    any(l -> any(isnan, scores[l][match.units[l]]), match.layers) &&
-        throw(ArgumentError("saliency gave NaN scores, which cannot be ranked"))
-    safe = [protected(score, unit, structure.min_kept) for (score, unit) in zip(scores, match.units)]
-    open = map((unit, s) -> unit .& .!s, match.units, safe)
-    drop = map(match.groups, keep) do places, k
-        n, free = max(0, sum(count, at(match.units, places)) - k), sum(count, at(open, places)) # others may have died too
-        n <= free || throw(ArgumentError(
+    any(l -> any_nan(scores[l], units[l]), layers) && throw(ArgumentError("saliency gave NaN scores, which cannot be ranked"))
+    safe = structure.min_kept == 0 ? nothing : map((score, unit) -> protected(score, unit, structure.min_kept), scores, units)
+    new = isnothing(safe) ? map(copy, units) : map((unit, s) -> unit .& .!s, units, safe)
+    drop = map(groups, keep) do places, k
+        n = kept_at(units, places) - k
+        isnothing(safe) || n <= kept_at(new, places) || throw(ArgumentError(
             "sparsity leaves $k of $(place_name(places)), but min_kept = $(structure.min_kept) of each layer must stay"))
-        n
+        max(0, n) # others may have died too
     end
-    foreach((places, k) -> drop_lowest!(at(open, places), at(scores, places), k), match.groups, drop)
-    return to_masks(structure, map((o, s) -> Array(o .| s), open, safe), masks)
+    foreach((places, k) -> k == 0 || drop_lowest!(at(new, places), at(scores, places), k), groups, drop)
+    isnothing(safe) || foreach((unit, s) -> unit .|= s, new, safe)
+    return to_masks(structure, map(on_host, new), masks)
 end
 
 "Scores of what competes, from the scores that a criterion gave."
@@ -235,31 +239,113 @@ to_masks(::Weights, units, masks) = units
 
 "The `k` kept entries with the highest scores."
 function protected(scores, kept, k)
-    safe = fill!(similar(kept), false)
-    if k > 0
-        drop = count(kept) - k
-        rest = copy(kept)
-        drop > 0 && drop_lowest!([rest], [scores], drop)
-        safe .= rest
-    end
-    return safe
+    k == 0 && return fill!(similar(kept), false)
+    return only(drop_lowest!([copy(kept)], [scores], max(0, count(kept) - k)))
 end
 
-"Set to `false` the `k` kept entries with the lowest scores."
+function any_nan(scores, kept)
+    found = false
+    @inbounds for i in eachindex(scores, kept)
+        found |= kept[i] & isnan(scores[i])
+    end
+    return found
+end
+
+# Selection passes over scores and masks where they lie, a few times, and needs no memory for each: it counts which bits the
+# scores begin with, then, of those that begin as the threshold does, which bits come next, until few are left.
+
+"By how many bits one pass counts, such that the counts stay in the fastest cache."
+const DIGIT = 11
+
+"How many scores are sorted rather than counted."
+const FEW = 1 << 14
+
+"Set to `false` the `k` kept entries with the lowest scores, of equal ones the first."
 function drop_lowest!(masks, scores, k)
     k == 0 && return masks
-    kept = reduce(vcat, map(getindex, scores, masks))
-    threshold = partialsort!(kept, k)
+    T = all(score -> eltype(score) <: Union{Float16,Float32}, scores) ? Float32 : Float64
+    threshold, k, equal = nth_lowest(T, masks, scores, k)
     for (mask, score) in zip(masks, scores)
-        below = mask .& (score .< threshold)
-        mask[below] .= false
-        k -= count(below)
-    end
-    for (mask, score) in zip(masks, scores)
-        k == 0 && break
-        tied = first(sort!(findall(mask .& (score .== threshold)); by = Tuple), k)
-        mask[tied] .= false
-        k -= length(tied)
+        drop_where!(k == equal ? (<=) : (<), mask, score, threshold)
+        k == equal || (k -= drop_first!(mask, score, threshold, k))
     end
     return masks
+end
+
+"The `k`-th lowest of the kept scores, as a `T`; the how manieth it is of those equal to it; and how many these are."
+function nth_lowest(::Type{T}, masks, scores, k) where {T}
+    n, bits, prefix = sum(length, masks), 8sizeof(T), zero(ordered_bits(zero(T)))
+    while n > FEW && bits > 0
+        digit = min(DIGIT, bits)
+        bits -= digit
+        counts = zeros(Int, 1 << digit)
+        foreach((mask, score) -> count_next!(counts, mask, score, prefix, bits, T), masks, scores)
+        d = 1
+        while k > counts[d]
+            k -= counts[d]
+            d += 1
+        end
+        n, prefix = counts[d], prefix | oftype(prefix, d - 1) << bits
+    end
+    bits == 0 && return from_ordered_bits(prefix), k, n
+    left, found = Vector{T}(undef, n + 1), 0
+    for (mask, score) in zip(masks, scores)
+        found = gather!(left, found, mask, score, prefix, bits)
+    end
+    threshold = partialsort!(resize!(left, found), k)
+    return threshold, k - count(<(threshold), left), count(==(threshold), left)
+end
+
+# Numbers in the order of the scores, -0.0 being equal to 0.0.
+ordered_bits(x::Float32) = flip(reinterpret(UInt32, x + 0.0f0))
+ordered_bits(x::Float64) = flip(reinterpret(UInt64, x + 0.0))
+from_ordered_bits(u::UInt32) = reinterpret(Float32, unflip(u))
+from_ordered_bits(u::UInt64) = reinterpret(Float64, unflip(u))
+sign_bit(u) = one(u) << (8sizeof(u) - 1)
+flip(u) = ifelse(u < sign_bit(u), u | sign_bit(u), ~u)
+unflip(u) = ifelse(u < sign_bit(u), ~u, u & ~sign_bit(u))
+
+"Count the kept scores that begin with `prefix`, which ends above the bits to count by and `bits` others, by those."
+function count_next!(counts, mask, score, prefix, bits, ::Type{T}) where {T}
+    @inbounds for i in eachindex(mask, score)
+        d = (ordered_bits(T(score[i])) ⊻ prefix) >> bits
+        d < length(counts) && (counts[d + 1] += mask[i])
+    end
+    return counts
+end
+
+function gather!(left::Vector{T}, found, mask, score, prefix, bits) where {T}
+    @inbounds for i in eachindex(mask, score) # written first and kept or not after, as which are kept cannot be predicted
+        left[found + 1] = T(score[i])
+        found += mask[i] & ((ordered_bits(T(score[i])) ⊻ prefix) >> bits == 0)
+    end
+    return found
+end
+
+function drop_where!(comparison::F, mask, score, threshold::T) where {F,T}
+    @inbounds @simd for i in eachindex(mask, score)
+        mask[i] &= !comparison(T(score[i]), threshold)
+    end
+    return mask
+end
+
+"""
+Set to `false` the first `k` kept entries with this score, in the order of output, input and place in the kernel; return how
+many there were.
+"""
+function drop_first!(mask, score, threshold::T, k) where {T}
+    equal = zeros(Int, size(mask, 1))
+    @inbounds for I in CartesianIndices(mask)
+        equal[I[1]] += mask[I] & (T(score[I]) == threshold)
+    end
+    before = cumsum(equal)
+    last_row = searchsortedfirst(before, k) # in which the k-th is
+    @inbounds for I in CartesianIndices(mask)
+        mask[I] &= (I[1] >= last_row) | (T(score[I]) != threshold)
+    end
+    last_row > length(before) && return sum(equal)
+    row = CartesianIndices(mask)[last_row:last_row, ntuple(_ -> :, ndims(mask) - 1)...]
+    places = sort!([I for I in row if mask[I] & (T(score[I]) == threshold)]; by = Tuple)
+    mask[first(places, k - before[last_row] + equal[last_row])] .= false
+    return k
 end
