@@ -208,18 +208,44 @@ function infer!(y, net, x)
     n <= net.few && return with_scratch(buffers -> all(infer_one!(y, net, x, i, vec.(buffers)...) for i in 1:n), net)
     threads = Threads.nthreads()
     width = LANES * clamp(cld(n, LANES * threads), 1, net.vectors)
-    part = max(cld(cld(n, width), threads), 1) * width
-    tasks = [Threads.@spawn infer_panels!(y, net, x, samples, width) for samples in Iterators.partition((part + 1):n, part)]
-    finite = infer_panels!(y, net, x, 1:min(part, n), width)
-    return mapreduce(fetch, &, tasks; init = finite)
+    panels = Panels(cld(n, width))
+    tasks = [Threads.@spawn(take_panels!(panels, y, net, x, width)) for _ in 2:min(threads, panels.count)]
+    try
+        take_panels!(panels, y, net, x, width)
+    finally
+        await(panels, tasks)
+    end
+    return panels.finite
 end
 
-infer_panels!(y, net, x, samples, width) = with_scratch(net) do buffers
-    finite = true
-    for panel in Iterators.partition(samples, width)
-        finite &= infer_panel!(y, net, x, panel, buffers..., width)
+"Panels that tasks take one after the other, so that a task that begins late, or is interrupted, takes fewer of them."
+mutable struct Panels
+    const count::Int
+    @atomic next::Int
+    @atomic done::Int
+    @atomic finite::Bool
+end
+Panels(count) = Panels(count, 0, 0, true)
+
+function take_panels!(panels, y, net, x, width)
+    panels.next < panels.count || return nothing
+    return with_scratch(net) do buffers
+        while (p = @atomic panels.next += 1) <= panels.count
+            samples = ((p - 1) * width + 1):min(p * width, size(x, 2))
+            infer_panel!(y, net, x, samples, buffers..., width) || (@atomic panels.finite = false)
+            @atomic panels.done += 1
+        end
     end
-    return finite
+end
+
+"Wait until all panels are done, at first without giving up the processor: usually that is sooner than another task could be run."
+function await(panels, tasks)
+    until = time_ns() + 50_000
+    while panels.done < panels.count
+        time_ns() < until || return foreach(wait, tasks)
+        GC.safepoint()
+    end
+    return nothing
 end
 
 function with_scratch(f, net)
