@@ -100,8 +100,8 @@ def bench(
 ) -> Bench:
     """Time masked training steps (Adam) and inference of pruned networks, of each batch and sparsity.
 
-    Training is compared with PyTorch's fused Adam and the masks of ``torch.nn.utils.prune``. Inference,
-    ``Network.sparsify``, is compared with PyTorch's dense and CSR matrices.
+    Training is compared with PyTorch's fused Adam and the masks of ``torch.nn.utils.prune``, and with plain Flux
+    without masks. Inference, ``Network.sparsify``, is compared with PyTorch's dense and CSR matrices.
 
     Args:
         sizes: the widths of a multilayer perceptron, inputs first.
@@ -137,8 +137,11 @@ def bench(
         for batch in batches:
             x = rng.random((batch * BATCHES, sizes[0]), dtype=np.float32)
             y = rng.integers(0, sizes[-1], len(x))
-            training = {"PyTorch, masks": peers.torch_training(net, x, y, batch)}
-            ours: peers.Work = peers.JuliaTraining(net, x, y, batch)
+            training = {
+                "PyTorch, masks": peers.torch_training(net, x, y, batch),
+                "Flux, dense": peers.flux_training(net, x, y, batch),
+            }
+            ours: peers.Work = peers.masked_training(net, x, y, batch)
             rows += compare("training step", batch, sparsity, ours, training, repeats, BATCHES)
             x = x[:batch]
             with peers.inference(net.layers, x, threads, list(found), deepsparse) as others:

@@ -21,6 +21,7 @@ import numpy as np
 
 from .choices import Adam
 from .engines import Layer
+from .engines.julia import JuliaModel
 from .engines.parts import Float, Int
 from .engines.torch import sequential
 from .engines.torch.sparse import sparsify
@@ -111,17 +112,29 @@ print("trained", flush=True)
 
 
 class JuliaTraining(Work):
-    """Steps of a network on the Julia engine, batches following one another."""
+    """Steps on the Julia engine, batches following one another."""
 
-    def __init__(self, net: Network, x: Float, y: Int, batch: int) -> None:
-        """Begin a training run of a copy of the network."""
-        self.model, self.data, self.batch = net.copy().model, (x, y), batch
-        self.model.start(Adam())
+    def __init__(self, train: Callable[[Float, Int, Int, int], Any], x: Float, y: Int, batch: int) -> None:
+        """Take what trains over given batches."""
+        self.train, self.data, self.batch = train, (x, y), batch
 
     def seconds(self, times: int) -> float:
         """Train."""
         order = np.resize(np.arange(len(self.data[0])), times * self.batch)
-        return Calls(lambda: self.model.train(*self.data, order, self.batch)).seconds(1)
+        return Calls(lambda: self.train(*self.data, order, self.batch)).seconds(1)
+
+
+def masked_training(net: Network, x: Float, y: Int, batch: int) -> JuliaTraining:
+    """Steps of Adam on a copy of the network."""
+    model = net.copy().model
+    model.start(Adam())
+    return JuliaTraining(model.train, x, y, batch)
+
+
+def flux_training(net: Network, x: Float, y: Int, batch: int) -> JuliaTraining:
+    """Steps of Adam on the same network in plain Flux, without masks."""
+    assert isinstance(net.model, JuliaModel)
+    return JuliaTraining(net.model.plain_training(Adam()), x, y, batch)
 
 
 def torch_training(net: Network, x: Float, y: Int, batch: int) -> Calls:

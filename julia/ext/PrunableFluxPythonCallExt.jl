@@ -9,7 +9,8 @@ using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
 using PrunableFlux: PrunableFlux, Prunable, PrunableConv, PrunableDense, SparseNetwork, canonical, evaluate, features, flipped,
-                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer, zero_pruned!
+                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer, unprunable,
+                    zero_pruned!
 using PythonCall: Py, pybuiltins, pyconvert, pygetattr, pyrepr
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
@@ -146,10 +147,14 @@ mutable struct Steps{M,O,B}
     done::Int
 end
 
-function Steps(model, opt, x, sizes, y, n, order, visited, batchsize)
+function Steps(model, opt, data...)
+    given = batches(model, data...)
+    return Steps(trainer(model, opt), opt, given, zeros(Float32, length(given)), 0)
+end
+
+function batches(model, x, sizes, y, n, order, visited, batchsize)
     data = obsview(samples(model, x, sizes, y, n), borrow(Int64, order, visited) .+ 1)
-    batches = BatchView(data; batchsize = min(batchsize, visited), partial = true)
-    return Steps(trainer(model, opt), opt, batches, zeros(Float32, length(batches)), 0)
+    return BatchView(data; batchsize = min(batchsize, visited), partial = true)
 end
 
 "Take steps until all are done or `seconds` have passed; return how many are done."
@@ -168,6 +173,11 @@ function advance!(steps::Steps, seconds)
     end
     return steps.done
 end
+
+# For comparison, the same as plain Flux does it, without masks.
+plain(model) = unprunable(deepcopy(model))
+train_plain!(plain, opt, model, data...) =
+    Flux.train!((m, x, y) -> logitcrossentropy(m(x), y), plain, batches(model, data...), opt)
 
 # What Python calls, in its order, through Python, so that conversions are compiled too: layers of all kinds between a first
 # and a last one that are the usual, since how gradients reach a layer depends on what follows it.

@@ -326,6 +326,18 @@ class JuliaModel(Model):
                 tick(done)
         return np.array(steps.losses)
 
+    def plain_training(self, optimiser: Optimiser) -> Callable[[Float, Int, Int, int], None]:
+        """Return a function that trains a copy without masks, as plain Flux does, over given batches."""
+        bridge = _bridge()
+        plain = bridge.plain(self._model)
+        opt, train = bridge.setup(plain, _choice(optimiser)), getattr(bridge, "train_plain!")
+
+        def go_on(x: Float, y: Int, order: Int, batchsize: int) -> None:
+            order = np.ascontiguousarray(order, np.int64)
+            train(plain, opt, self._model, *self._samples(x, y), _at(order), len(order), batchsize)
+
+        return go_on
+
     def adjust(self, eta: float) -> None:
         """Set the learning rate of the training run that is under way."""
         _bridge().adjust(self._opt, eta)

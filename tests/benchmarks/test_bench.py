@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_julia
 
 from pyflux_prune import EngineUnavailable, mlp
 from pyflux_prune.bench import Bench, Row, compare
@@ -29,11 +31,11 @@ def test_bench_prints_ratios_measured_in_one_run() -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     rows = result["rows"]
-    peers = ["PyTorch, masks", "PyTorch, dense", "PyTorch, CSR"]
+    peers = ["PyTorch, masks", "Flux, dense", "PyTorch, dense", "PyTorch, CSR"]
     assert [(r["sparsity"], r["batch"], r["peer"]) for r in rows] == [
         (sparsity, batch, peer) for sparsity in (0.5, 0.9) for batch in (1, 2) for peer in peers
     ]
-    assert [r["what"] for r in rows[:3]] == ["training step", "inference", "inference"]
+    assert [r["what"] for r in rows[:4]] == ["training step"] * 2 + ["inference"] * 2
     assert all(r["ratio"] == r["peer_us"] / r["ours_us"] > 0 for r in rows)
     versions = result["versions"]
     assert result["threads"] == versions["julia"]["threads"] == versions["julia"]["blas_threads"] == 2
@@ -81,6 +83,18 @@ def test_bench_says_what_is_wrong(arguments: Sequence[str], said: str) -> None:
     done = bench(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
+
+
+@pytest.mark.julia
+def test_pruning_is_timed() -> None:
+    done = run_julia(str(Path(__file__).with_name("pruning.jl")), "1", "0.01")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"(.*), .*, .*: [\d.e-]+ s", done.stdout) == [
+        "Magnitude, Global",
+        "Magnitude, Layerwise",
+        "Magnitude, PerOutput",
+        "SynFlow, Global",
+    ]
 
 
 def test_the_best_time_of_each_counts() -> None:
