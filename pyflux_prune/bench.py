@@ -16,11 +16,11 @@ from rich.table import Table
 
 from . import peers
 from .architectures import mlp
-from .choices import Global, Magnitude, Sparsity
+from .choices import Layerwise, Magnitude, Sparsity
 from .engines import get_engine
 from .engines.julia import has_image
 from .errors import InvalidInput
-from .network import prune
+from .network import Network, prune
 
 import torch  # isort: skip  # after peers, which says so where it is missing
 
@@ -55,7 +55,7 @@ class Row:
 class Bench:
     """A table of comparisons and what they depend on."""
 
-    network: tuple[int, ...]
+    network: str
     threads: int
     repeats: int
     rows: tuple[Row, ...]
@@ -69,7 +69,7 @@ class Bench:
         """Return the comparisons as a table to print."""
         julia, torch, others = self.versions["julia"], self.versions["torch"], self.versions["peers"]
         shown = Table(
-            title=f"{'–'.join(map(str, self.network))}, threads {self.threads}, best of {self.repeats}",
+            title=f"{self.network}, threads {self.threads}, best of {self.repeats}",
             caption=f"{julia['processor']}\n"
             f"PrunableFlux {julia['PrunableFlux']}, Julia {julia['julia']}, {julia['blas']}\n"
             + ", ".join([f"PyTorch {torch['torch']} ({torch['blas']})", *(f"{n} {v}" for n, v in others.items())]),
@@ -88,7 +88,7 @@ class Bench:
 
 
 def bench(
-    sizes: Sequence[int],
+    network: Sequence[int] | Network,
     *,
     batches: Sequence[int] = (64,),
     sparsities: Sequence[Sparsity] = (0.9,),
@@ -104,9 +104,9 @@ def bench(
     without masks. Inference, ``Network.sparsify``, is compared with PyTorch's dense and CSR matrices.
 
     Args:
-        sizes: the widths of a multilayer perceptron, inputs first.
+        network: the widths of a multilayer perceptron, inputs first, or a network of your own.
         batches: how many samples a step takes.
-        sparsities: to prune to, by magnitude.
+        sparsities: to prune each layer to, by magnitude.
         threads: of all.
         repeats: of each measurement; the best counts.
         start_up: compare also how long it takes from the start of Python to the first trained batch.
@@ -115,7 +115,8 @@ def bench(
 
     Raises:
         EngineUnavailable: one of the engines, or a peer that was asked for, cannot be had here.
-        InvalidInput: sizes or sparsity cannot be used, or Julia runs with another number of threads already.
+        InvalidInput: network or sparsity cannot be used, start-up is asked for without widths, or Julia runs with
+            another number of threads already.
 
     """
     os.environ["PYTHON_JULIACALL_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
@@ -130,13 +131,16 @@ def bench(
     versions = {"julia": julia, "torch": get_engine("torch").versions(), "peers": dict(found)}
     rng, rows = np.random.default_rng(0), list[Row]()
     if start_up:
-        rows += [compare_starts(sizes, batch, threads, repeats) for batch in batches]
+        if isinstance(network, Network):
+            raise InvalidInput("network must be the widths of a perceptron where start-up is measured")
+        rows += [compare_starts(network, batch, threads, repeats) for batch in batches]
+    whole = network.copy("julia") if isinstance(network, Network) else mlp(network, engine="julia")
     for sparsity in sparsities:
-        net = prune(mlp(sizes, engine="julia"), Magnitude(), sparsity=sparsity, structure=Global())
+        net = prune(whole.copy(), Magnitude(), sparsity=sparsity, structure=Layerwise())
         fast = net.sparsify()
         for batch in batches:
-            x = rng.random((batch * BATCHES, sizes[0]), dtype=np.float32)
-            y = rng.integers(0, sizes[-1], len(x))
+            x = rng.random((batch * BATCHES, net.features), dtype=np.float32)
+            y = rng.integers(0, net.outputs, len(x))
             training = {
                 "PyTorch, masks": peers.torch_training(net, x, y, batch),
                 "Flux, dense": peers.flux_training(net, x, y, batch),
@@ -144,14 +148,14 @@ def bench(
             ours: peers.Work = peers.masked_training(net, x, y, batch)
             rows += compare("training step", batch, sparsity, ours, training, repeats, BATCHES)
             x = x[:batch]
-            with peers.inference(net.layers, x, threads, list(found), deepsparse) as others:
+            with peers.inference(net.parts, x, threads, list(found), deepsparse) as others:
                 for name, work in others.items():
                     np.testing.assert_allclose(work.outputs(), net(x), rtol=1e-3, atol=1e-3, err_msg=name)
                     if isinstance(work, peers.DeepSparse):
                         versions["peers"][name] = work.version
                 ours = peers.Calls(functools.partial(fast, x))
                 rows += compare("inference", batch, sparsity, ours, others, repeats)
-    return Bench(tuple(sizes), threads, repeats, tuple(rows), versions)
+    return Bench(whole.sketch, threads, repeats, tuple(rows), versions)
 
 
 def compare_starts(sizes: Sequence[int], batch: int, threads: int, repeats: int) -> Row:

@@ -370,9 +370,14 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None, co
 
 @cli.command()
 @click.option(
-    "--hidden", default="300,100", show_default=True, callback=_widths, help="Widths of the hidden layers."
+    "--network",
+    default="mlp",
+    show_default=True,
+    type=click.Choice(["mlp", "lenet5", "vgg"]),
+    help="A multilayer perceptron, or for images of 28×28 LeNet-5, or a small VGG.",
 )
-@click.option("--features", default=784, show_default=True, type=click.IntRange(1), help="Inputs.")
+@click.option("--hidden", callback=_widths, help="Of mlp, widths of the hidden layers.  [default: 300,100]")
+@click.option("--features", type=click.IntRange(1), help="Of mlp, inputs.  [default: 784]")
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(1), help="Outputs.")
 @click.option("--batch", default="64", show_default=True, callback=_widths, help="Samples per step.")
 @click.option(
@@ -382,7 +387,7 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None, co
     default=["0.9"],
     show_default=True,
     callback=lambda ctx, param, values: [_sparsity(ctx, param, value) for value in values],
-    help="Of the pruned networks; may be given several times.",
+    help="Of each layer of the pruned networks; may be given several times.",
 )
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Of all that is measured.")
 @click.option("--repeats", default=20, show_default=True, type=click.IntRange(1), help="The best of these counts.")
@@ -391,15 +396,30 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None, co
 @click.option("--deepsparse", metavar="PYTHON", help="Add the DeepSparse of this interpreter.")
 @_JSON
 def bench(
-    hidden: list[int], features: int, classes: int, batch: list[int], as_json: bool, **settings: Any
+    network: str,
+    hidden: list[int] | None,
+    features: int | None,
+    classes: int,
+    batch: list[int],
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Measure training and inference side by side with PyTorch and others, alternating in one run.
 
     --hidden and --batch take several numbers with commas.
     """
+    from .architectures import lenet5, vgg
     from .bench import bench as measure_speed
 
-    result = measure_speed([features, *hidden, classes], batches=batch, **settings)
+    measured: list[int] | Network
+    if network == "mlp":
+        measured = [784 if features is None else features, *([300, 100] if hidden is None else hidden), classes]
+    elif (hidden, features) != (None, None):
+        raise InvalidInput("--hidden and --features are for --network mlp")
+    else:
+        # Julia starts with the threads that are measured.
+        measured = (lenet5 if network == "lenet5" else vgg)(classes=classes, engine="torch")
+    result = measure_speed(measured, batches=batch, **settings)
     _print(as_json, result.to_json(), result.table)
 
 

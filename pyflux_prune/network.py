@@ -180,10 +180,14 @@ class Network:
         return build(parts, engine)
 
     def __repr__(self) -> str:
-        """Return the shape of the inputs, what the layers make of them, density and engine."""
+        """Return the sketch, density and engine."""
+        return f"Network({self.sketch}, density={self.density:.3g}, engine={self.engine!r})"
+
+    @property
+    def sketch(self) -> str:
+        """The shape of the inputs and what the layers make of them, such as 784–300–100–10."""
         layers = "–".join(filter(None, map(_sketch, self.parts)))
-        inputs = "×".join(map(str, self.input_shape))
-        return f"Network({inputs}–{layers}, density={self.density:.3g}, engine={self.engine!r})"
+        return f"{'×'.join(map(str, self.input_shape))}–{layers}"
 
 
 def _sketch(part: Part) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from .choices import Adam
-from .engines import Layer
+from .engines import BatchNorm, ConvLayer, Flatten, Input, Layer, Part, Pool
 from .engines.julia import JuliaModel
-from .engines.parts import Float, Int
+from .engines.parts import Float, Int, input_shape, prunable
 from .engines.torch import sequential
 from .engines.torch.sparse import sparsify
 from .errors import EngineUnavailable
@@ -139,7 +139,7 @@ def flux_training(net: Network, x: Float, y: Int, batch: int) -> JuliaTraining:
 
 def torch_training(net: Network, x: Float, y: Int, batch: int) -> Calls:
     """Steps of fused Adam on an ``nn.Sequential`` with the masks of ``torch.nn.utils.prune``."""
-    module = to_torch(net).train()
+    module, x = to_torch(net).train(), x.reshape(len(x), *net.input_shape)
     optimiser = torch.optim.Adam(module.parameters(), lr=Adam().eta, fused=True)
     given = itertools.cycle(
         [(torch.tensor(x[at : at + batch]), torch.tensor(y[at : at + batch])) for at in range(0, len(x), batch)]
@@ -154,15 +154,15 @@ def torch_training(net: Network, x: Float, y: Int, batch: int) -> Calls:
     return Calls(step)
 
 
-def torch_dense(layers: Sequence[Layer], x: Float) -> Calls:
+def torch_dense(parts: Sequence[Part], x: Float) -> Calls:
     """PyTorch with zeros where weights are pruned."""
-    module, inputs = sequential(layers).eval(), torch.from_numpy(x)
+    module, inputs = sequential(parts).eval(), torch.from_numpy(x)
     return Calls(torch.inference_mode()(lambda: module(inputs)))
 
 
-def torch_csr(layers: Sequence[Layer], x: Float) -> Calls:
-    """PyTorch with sparse matrices."""
-    function = sparsify(layers, "sparse")
+def torch_csr(parts: Sequence[Part], x: Float) -> Calls:
+    """PyTorch with sparse matrices; it has no sparse convolutions."""
+    function = sparsify(parts, "sparse")
     return Calls(lambda: function(x))
 
 
@@ -258,16 +258,17 @@ def installed() -> dict[str, str]:
 
 @contextlib.contextmanager
 def inference(
-    layers: Sequence[Layer], x: Float, threads: int, runtimes: Sequence[str], deepsparse: str | None
+    parts: Sequence[Part], x: Float, threads: int, runtimes: Sequence[str], deepsparse: str | None
 ) -> Iterator[dict[str, Calls | DeepSparse]]:
     """Yield all that is to run a network on one batch: PyTorch, the runtimes named, and DeepSparse."""
+    x = x.reshape(len(x), *input_shape(parts))
     works: dict[str, Calls | DeepSparse] = {
-        "PyTorch, dense": torch_dense(layers, x),
-        "PyTorch, CSR": torch_csr(layers, x),
+        "PyTorch, dense": torch_dense(parts, x),
+        "PyTorch, CSR": torch_csr(parts, x),
     }
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         if runtimes or deepsparse:
-            write_onnx(Path(name, "network.onnx"), layers, len(x))
+            write_onnx(Path(name, "network.onnx"), parts, len(x))
         works |= {runtime: RUNTIMES[runtime](Path(name), x, threads) for runtime in runtimes}
         if deepsparse:
             works["DeepSparse"] = engine = DeepSparse(deepsparse, Path(name), x, threads)
@@ -275,28 +276,57 @@ def inference(
         yield works
 
 
-def write_onnx(path: Path, layers: Sequence[Layer], batch: int) -> None:
-    """Write dense layers with ReLU between them as an ONNX file; EngineUnavailable without the package onnx."""
+def write_onnx(path: Path, parts: Sequence[Part], batch: int) -> None:
+    """Write a network as an ONNX file; EngineUnavailable without the package onnx."""
     try:
         onnx = importlib.import_module("onnx")
     except ImportError as error:
         raise EngineUnavailable(f"onnx cannot be imported ({error}): pip install onnx") from error
-    made, arrays, nodes, values = onnx.helper, onnx.numpy_helper, [], "x"
-    constants = []
-    for i, layer in enumerate(layers):
-        bias = np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias
-        for kind, array in (("weight", layer.weight), ("bias", bias)):
-            constants.append(arrays.from_array(np.ascontiguousarray(array), f"{i}.{kind}"))
-        nodes.append(made.make_node("Gemm", [values, f"{i}.weight", f"{i}.bias"], [f"{i}"], transB=1))
+    made, nodes, constants, values = onnx.helper, [], [], "x"
+    for i, part in enumerate(parts):
+        if isinstance(part, Input):
+            continue
+        operator, held, attributes = _onnx_operator(part)
+        names = [f"{i}.{k}" for k in range(len(held))]
+        constants += [
+            onnx.numpy_helper.from_array(np.array(a, order="C"), n) for n, a in zip(names, held, strict=True)
+        ]
+        nodes.append(made.make_node(operator, [values, *names], [f"{i}"], **attributes))
         values = f"{i}"
-        if layer.activation == "relu":
-            nodes.append(made.make_node("Relu", [values], [f"{i}.relu"]))
-            values = f"{i}.relu"
+        activation = getattr(part, "activation", "identity")
+        if activation != "identity":
+            nodes.append(made.make_node(activation.capitalize(), [values], [f"{i}.{activation}"]))
+            values = f"{i}.{activation}"
+    shapes = [("x", input_shape(parts)), (values, prunable(parts)[-1].weight.shape[:1])]
     inputs, outputs = (
-        made.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, width])
-        for name, width in (("x", layers[0].weight.shape[1]), (values, len(layers[-1].weight)))
+        made.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [batch, *shape]) for name, shape in shapes
     )
     graph = made.make_graph(nodes, "network", [inputs], [outputs], constants)
     # The newest versions that DeepSparse 1.8 reads.
     model = made.make_model(graph, opset_imports=[made.make_opsetid("", 13)], ir_version=8)
     onnx.save(model, str(path))
+
+
+def _onnx_operator(part: Part) -> tuple[str, list[Float], dict[str, Any]]:
+    """Return the name of what computes a part, before its activation, with its arrays and attributes."""
+    match part:
+        case ConvLayer():
+            geometry = {"strides": part.stride, "pads": part.padding * 2, "dilations": part.dilation}
+            return "Conv", [part.weight, _bias(part)], geometry
+        case Layer():
+            return "Gemm", [part.weight, _bias(part)], {"transB": 1}
+        case BatchNorm():
+            arrays = [part.weight, part.bias, part.mean, part.variance]
+            return "BatchNormalization", arrays, {"epsilon": part.epsilon}
+        case Pool():
+            geometry = {"kernel_shape": part.size, "strides": part.stride, "pads": part.padding * 2}
+            if part.kind == "max":
+                return "MaxPool", [], geometry
+            return "AveragePool", [], geometry | {"count_include_pad": 1}
+        case Flatten():
+            return "Flatten", [], {}
+    raise AssertionError(part)
+
+
+def _bias(layer: Layer) -> Float:
+    return np.zeros(len(layer.weight), np.float32) if layer.bias is None else layer.bias

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from conftest import run_julia
 
-from pyflux_prune import EngineUnavailable, mlp
+from pyflux_prune import EngineUnavailable, Network, lenet5, mlp, vgg
 from pyflux_prune.bench import Bench, Row, compare
 from pyflux_prune.peers import Calls, DeepSparse, Processes, write_onnx
 
+TINY = ("--hidden", "8", "--features", "4", "--classes", "3")
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    small = ["--hidden", "8", "--features", "4", "--classes", "3", "--repeats", "1", *arguments]
-    command = [sys.executable, "-m", "pyflux_prune", "bench", *small]
+
+def bench(*arguments: str, network: Sequence[str] = TINY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pyflux_prune", "bench", *network, "--repeats", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -41,6 +42,15 @@ def test_bench_prints_ratios_measured_in_one_run() -> None:
     assert result["threads"] == versions["julia"]["threads"] == versions["julia"]["blas_threads"] == 2
     assert versions["torch"]["threads"] == 2
     assert versions["julia"]["processor"]
+
+
+@pytest.mark.julia
+def test_bench_measures_networks_of_images() -> None:
+    done = bench("--batch", "2", "--json", network=["--network", "lenet5"])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["network"] == "1×28×28–6@5×5–max2×2–16@5×5–max2×2–120–84–10"
+    assert all(r["ratio"] > 0 for r in result["rows"])
 
 
 @pytest.mark.julia
@@ -75,6 +85,7 @@ def test_bench_compares_with_the_runtimes_that_are_installed() -> None:
         (["--batch", "0"], "--batch must be whole numbers"),
         (["--sparsity", "2"], "--sparsity must be"),
         (["--deepsparse", "no-such-python"], "no-such-python cannot be run"),
+        (["--network", "lenet5"], "--hidden and --features are for --network mlp"),
     ],
 )
 def test_bench_says_what_is_wrong(arguments: Sequence[str], said: str) -> None:
@@ -109,7 +120,7 @@ def test_the_best_time_of_each_counts() -> None:
 def test_a_ratio_above_one_says_that_ours_is_faster() -> None:
     row = Row("inference", 1, 0.5, "peer", ours_us=2.0, peer_us=3.0)
     assert row.ratio == 1.5
-    assert Bench((4, 3), 1, 1, (row,), {}).to_json()["rows"][0]["ratio"] == 1.5
+    assert Bench("4–3", 1, 1, (row,), {}).to_json()["rows"][0]["ratio"] == 1.5
 
 
 def test_a_python_without_deepsparse_is_told(tmp_path: Path) -> None:
@@ -117,11 +128,19 @@ def test_a_python_without_deepsparse_is_told(tmp_path: Path) -> None:
         DeepSparse(sys.executable, tmp_path, np.ones((2, 4), np.float32), 1)
 
 
-def test_the_onnx_file_computes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "net",
+    [
+        mlp([4, 8, 3], engine="torch"),
+        lenet5(engine="torch", activation="tanh"),
+        vgg((4, "M", 6), input_shape=(2, 9, 8), activation="sigmoid", engine="torch"),
+    ],
+    ids=["mlp", "lenet5", "vgg"],
+)
+def test_the_onnx_file_computes_the_same(tmp_path: Path, net: Network) -> None:
     pytest.importorskip("onnx")
-    from onnx.reference import ReferenceEvaluator
-
-    net, x = mlp([4, 8, 3], engine="torch"), np.random.default_rng(0).random((2, 4), dtype=np.float32)
-    write_onnx(tmp_path / "network.onnx", net.layers, len(x))
-    (outputs,) = ReferenceEvaluator(str(tmp_path / "network.onnx")).run(None, {"x": x})
-    np.testing.assert_allclose(outputs, net(x), rtol=1e-5, atol=1e-6)
+    runtime = pytest.importorskip("onnxruntime")
+    x = np.random.default_rng(0).random((2, *net.input_shape), dtype=np.float32)
+    write_onnx(tmp_path / "network.onnx", net.parts, len(x))
+    (outputs,) = runtime.InferenceSession(tmp_path / "network.onnx").run(None, {"x": x})
+    np.testing.assert_allclose(outputs, net(x), rtol=1e-5, atol=1e-5)

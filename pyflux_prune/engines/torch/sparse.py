@@ -14,7 +14,7 @@ from .modules import by_part, tensor
 
 
 def sparsify(parts: Sequence[Part], kernels: Kernels) -> Callable[[Float], Float]:
-    """Return the function of a network with CSR matrices for its dense layers; torch has no sparse convolutions."""
+    """Return a network as a function with CSR matrices for its dense layers; torch has no sparse convolutions."""
     layers = [part for part in parts if isinstance(part, Layer)]
     chosen = iter([kernels] * len(layers) if isinstance(kernels, str) else kernels)
     steps, shape = list[Callable[[Tensor], Tensor]](), input_shape(parts)
