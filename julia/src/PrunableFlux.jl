@@ -68,6 +68,7 @@ include("sparse/kernels.jl")
 include("sparse/windows.jl")
 include("sparse/single.jl")
 include("sparse/sparsify.jl")
+include("sparse/inference.jl")
 include("sparse/training.jl")
 include("precompile.jl")
 

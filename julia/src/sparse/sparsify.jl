@@ -55,12 +55,12 @@ function sparsify(model; kernels = :auto, input_size = nothing)
     choices = kernels isa Symbol ? fill(kernels, length(layers)) : collect(Symbol, kernels)
     length(choices) == length(layers) && all(in((:auto, :sparse, :dense)), choices) || throw(ArgumentError(
         "kernels must be :auto, :sparse or :dense, or one of these per layer ($(length(layers))), not $kernels"))
-    size = input_dims(parts, input_size)
-    fast, sizes = FastLayer[], Dims[size]
+    dims = input_dims(parts, input_size)
+    fast, sizes = FastLayer[], Dims[dims]
     for part in parts
-        made, size = fast_layers(part, size, part isa Prunable ? popfirst!(choices) : :auto)
+        made, dims = fast_layers(part, dims, part isa Prunable ? popfirst!(choices) : :auto)
         append!(fast, made)
-        part isa Prunable && push!(sizes, size)
+        part isa Prunable && push!(sizes, dims)
     end
     largest = maximum(layer -> max(inputs(layer.panels), outputs(layer.panels)), fast)
     fitting = any(part -> part isa PrunableConv, parts) ? PANEL_BYTES ÷ (largest * sizeof(Lane)) : MAX_VECTORS
@@ -86,17 +86,17 @@ function input_dims(parts, given)
     first_layer = parts[findfirst(part -> part isa Prunable, parts)]
     first_layer isa PrunableDense || throw(ArgumentError(
         "input_size must be given, (width, height, channels) of a sample, for a network whose first layer is a convolution"))
-    return (Base.size(first_layer.mask, 2),)
+    return (size(first_layer.mask, 2),)
 end
 
-"What computes a part for samples of the given size, and the size of what comes out."
-fast_layers(part, size, choice) = FastLayer[], size # of `Dropout` and `identity`
-fast_layers(::typeof(Flux.flatten), size, choice) = FastLayer[], (prod(size),)
+"What computes a part for samples of size `dims`, and the size of what comes out."
+fast_layers(part, dims, choice) = FastLayer[], dims # of `Dropout` and `identity`
+fast_layers(::typeof(Flux.flatten), dims, choice) = FastLayer[], (prod(dims),)
 
-function fast_layers(layer::PrunableDense, size, choice)
-    check_channels(layer, size, 1, Base.size(layer.mask, 2))
+function fast_layers(layer::PrunableDense, dims, choice)
+    check_channels(layer, dims, 1, size(layer.mask, 2))
     W, mask, b, relu, σ = for_kernels(layer)
-    dense = DenseKernel(Windows(Base.size(W, 2)), W, b, relu)
+    dense = DenseKernel(Windows(size(W, 2)), W, b, relu)
     rows = SparseRows(W, mask, b, relu)
     of_one = PERMUTES ? (rows, PermutedRows(W, mask, b, relu)) : (rows,)
     panels = fastest(choice, (SparseKernel(W, mask, b, relu),), dense, panel(dense)...)
@@ -104,11 +104,11 @@ function fast_layers(layer::PrunableDense, size, choice)
     return [FastLayer(panels, single, σ)], (length(b),)
 end
 
-function fast_layers(layer::PrunableConv, size, choice)
+function fast_layers(layer::PrunableConv, dims, choice)
     (; stride, pad, dilation) = layer.conv
-    kernel = Base.front(Base.front(Base.size(layer.mask)))
-    check_channels(layer, size, length(kernel) + 1, Base.size(layer.mask, length(kernel) + 1))
-    borders, padded = with_borders(size, pad, 0)
+    kernel = Base.front(Base.front(size(layer.mask)))
+    check_channels(layer, dims, length(kernel) + 1, size(layer.mask, length(kernel) + 1))
+    borders, padded = with_borders(dims, pad, 0)
     windows = Windows(padded, kernel, stride, dilation)
     W, mask, b, relu, σ = for_kernels(layer)
     dense = DenseKernel(windows, W, b, relu)
@@ -117,45 +117,45 @@ function fast_layers(layer::PrunableConv, size, choice)
     return [borders; FastLayer(panels, single, σ)], (windows.output..., length(b))
 end
 
-function fast_layers(norm::BatchNorm, size, choice)
+function fast_layers(norm::BatchNorm, dims, choice)
     norm.track_stats || throw(ArgumentError("BatchNorm must track its statistics to be sparsified"))
-    check_channels(norm, size, length(size), norm.chs)
+    check_channels(norm, dims, length(dims), norm.chs)
     (; λ, β, γ, μ, σ², ϵ, affine) = norm
     scale = Array{Float32}((affine ? γ : 1) ./ sqrt.(σ² .+ ϵ))
     shift = Array{Float32}((affine ? β : 0) .- μ .* scale)
-    return [FastLayer(Scaling(prod(size), scale, shift), λ === identity ? nothing : NNlib.fast_act(λ, scale))], size
+    return [FastLayer(Scaling(prod(dims), scale, shift), λ === identity ? nothing : NNlib.fast_act(λ, scale))], dims
 end
 
-function fast_layers(pool::Union{Flux.MaxPool,Flux.MeanPool}, size, choice)
+function fast_layers(pool::Union{Flux.MaxPool,Flux.MeanPool}, dims, choice)
     (; k, pad, stride) = pool
-    return pooled(size, k, pad, stride, pool isa Flux.MeanPool)
+    return pooled(dims, k, pad, stride, pool isa Flux.MeanPool)
 end
-fast_layers(pool::Union{Flux.GlobalMaxPool,Flux.GlobalMeanPool}, size, choice) =
-    pooled(size, Base.front(size), map(zero, Base.front(size)), map(one, Base.front(size)), pool isa Flux.GlobalMeanPool)
-function fast_layers(pool::Union{Flux.AdaptiveMaxPool,Flux.AdaptiveMeanPool}, size, choice)
-    places = Base.front(size)
+fast_layers(pool::Union{Flux.GlobalMaxPool,Flux.GlobalMeanPool}, dims, choice) =
+    pooled(dims, Base.front(dims), map(zero, Base.front(dims)), map(one, Base.front(dims)), pool isa Flux.GlobalMeanPool)
+function fast_layers(pool::Union{Flux.AdaptiveMaxPool,Flux.AdaptiveMeanPool}, dims, choice)
+    places = Base.front(dims)
     stride = places .÷ pool.out
     k = places .- (pool.out .- 1) .* stride
-    return pooled(size, k, map(zero, k), stride, pool isa Flux.AdaptiveMeanPool)
+    return pooled(dims, k, map(zero, k), stride, pool isa Flux.AdaptiveMeanPool)
 end
 
-function pooled(size, k, pad, stride, mean)
-    borders, padded = with_borders(size, pad, mean ? 0 : -Inf)
+function pooled(dims, k, pad, stride, mean)
+    borders, padded = with_borders(dims, pad, mean ? 0 : -Inf)
     windows = Windows(padded, k, stride, map(one, k))
-    return [borders; FastLayer(Pooling(windows, mean))], (windows.output..., last(size))
+    return [borders; FastLayer(Pooling(windows, mean))], (windows.output..., last(dims))
 end
 
 "A padding, if there is anything to pad, and the size of what comes out."
-function with_borders(size, pad, value)
-    n = length(size) - 1
+function with_borders(dims, pad, value)
+    n = length(dims) - 1
     before, behind = length(pad) == n ? (pad, pad) : (pad[1:2:end], pad[2:2:end])
-    all(iszero, pad) && return FastLayer[], size
-    padded = (Base.front(size) .+ before .+ behind..., last(size))
-    return [FastLayer(Padding(size, padded, (before..., 0), value))], padded
+    all(iszero, pad) && return FastLayer[], dims
+    padded = (Base.front(dims) .+ before .+ behind..., last(dims))
+    return [FastLayer(Padding(dims, padded, (before..., 0), value))], padded
 end
 
-check_channels(part, size, dims, channels) = length(size) == dims && last(size) == channels || throw(DimensionMismatch(
-    "$(sprint(show, part)) takes $(dims - 1 == 0 ? "$channels features" : "$channels channels") but gets samples of size $size"))
+check_channels(part, dims, n, channels) = length(dims) == n && last(dims) == channels || throw(DimensionMismatch(
+    "$(sprint(show, part)) takes $channels $(n == 1 ? "features" : "channels") but gets samples of size $dims"))
 
 "What kernels need of a layer: its weight as a matrix (outputs, taps), mask, bias, whether they apply `relu`, and what they do not."
 function for_kernels(layer)
@@ -185,112 +185,7 @@ panel(kernel) = (zeros(Float32, MAX_VECTORS * LANES, outputs(kernel)), rand(Floa
 sample(kernel) = zeros(Float32, buffer_length(outputs(kernel))), rand(Float32, buffer_length(inputs(kernel)))
 
 function Base.show(io::IO, net::SparseNetwork)
-    print(io, "SparseNetwork(", join(map(size -> join(size, "×"), net.sizes), " => "))
+    print(io, "SparseNetwork(", join(map(dims -> join(dims, "×"), net.sizes), " => "))
     print(io, "; density=", round(net.density; sigdigits = 3), ")")
     return nothing
-end
-
-features(net::SparseNetwork) = prod(first(net.sizes))
-outputs(net::SparseNetwork) = outputs(last(net.layers).panels)
-
-(net::SparseNetwork)(x::AbstractVector) = vec(net(reshape(x, :, 1)))
-function (net::SparseNetwork)(x::AbstractMatrix)
-    y = Matrix{Float32}(undef, outputs(net), size(x, 2))
-    infer!(y, net, convert(Matrix{Float32}, x))
-    return y
-end
-(net::SparseNetwork)(x::AbstractArray) = net(reshape(x, :, size(x, ndims(x))))
-
-"Write the network's outputs for `x` to `y`, and return whether all of `x` is finite."
-function infer!(y, net, x)
-    size(x, 1) == features(net) || throw(DimensionMismatch("x must have $(features(net)) features, not $(size(x, 1))"))
-    n = size(x, 2)
-    n <= net.few && return with_scratch(buffers -> all(infer_one!(y, net, x, i, vec.(buffers)...) for i in 1:n), net)
-    threads = Threads.nthreads()
-    width = LANES * clamp(cld(n, LANES * threads), 1, net.vectors)
-    panels = Panels(cld(n, width))
-    tasks = [Threads.@spawn(take_panels!(panels, y, net, x, width)) for _ in 2:min(threads, panels.count)]
-    try
-        take_panels!(panels, y, net, x, width)
-    finally
-        await(panels, tasks)
-    end
-    return panels.finite
-end
-
-"Panels that tasks take one after the other, so that a task that begins late, or is interrupted, takes fewer of them."
-mutable struct Panels
-    const count::Int
-    @atomic next::Int
-    @atomic done::Int
-    @atomic finite::Bool
-end
-Panels(count) = Panels(count, 0, 0, true)
-
-function take_panels!(panels, y, net, x, width)
-    panels.next < panels.count || return nothing
-    return with_scratch(net) do buffers
-        while (p = @atomic panels.next += 1) <= panels.count
-            samples = ((p - 1) * width + 1):min(p * width, size(x, 2))
-            infer_panel!(y, net, x, samples, buffers..., width) || (@atomic panels.finite = false)
-            @atomic panels.done += 1
-        end
-    end
-end
-
-"Wait until all panels are done, at first without giving up the processor: usually that is sooner than another task could be run."
-function await(panels, tasks)
-    until = time_ns() + 50_000
-    while panels.done < panels.count
-        time_ns() < until || return foreach(wait, tasks)
-        GC.safepoint()
-    end
-    return nothing
-end
-
-function with_scratch(f, net)
-    buffers = take!(net.scratch)
-    try
-        return f(buffers)
-    finally
-        put!(net.scratch, buffers)
-    end
-end
-
-function infer_panel!(y, net, x, samples, one, other, width)
-    n, m = features(net), outputs(net)
-    given = GC.@preserve x one Rows(pointer(x, (first(samples) - 1) * n + 1), n, length(samples), pointer(one), true)
-    GC.@preserve x one for (i, layer) in enumerate(net.layers)
-        input = i > 1 || !(layer.panels isa SparseKernel) ? one : given
-        i == 1 && input === one &&
-            (given.finite = transpose_into!(pointer(one), width, given.from, n, n, length(samples)))
-        multiply_panel!(other, input, layer.panels, width)
-        isnothing(layer.σ) || activate!(layer.σ, other, width * outputs(layer.panels))
-        one, other = other, one
-    end
-    GC.@preserve y one transpose_into!(pointer(y, (first(samples) - 1) * m + 1), m, pointer(one), width, length(samples), m)
-    return given.finite
-end
-
-multiply_panel!(y, x, kernel, width) =
-    width == LANES ? multiply!(y, x, kernel, Val(1)) : width == 2LANES ? multiply!(y, x, kernel, Val(2)) :
-    width == 3LANES ? multiply!(y, x, kernel, Val(3)) : multiply!(y, x, kernel, Val(4))
-
-function infer_one!(y, net, x, i, one, other)
-    n, m = features(net), outputs(net)
-    copyto!(one, 1, x, (i - 1) * n + 1, n)
-    finite = iszero(sum(value -> 0 * value, view(one, 1:n)))
-    for layer in net.layers
-        multiply!(other, one, layer.single)
-        isnothing(layer.σ) || activate!(layer.σ, other, outputs(layer.single))
-        one, other = other, one
-    end
-    copyto!(y, (i - 1) * m + 1, one, 1, m)
-    return finite
-end
-
-function activate!(σ, values, n)
-    part = view(values, 1:n)
-    part .= σ.(part)
-    return values
 end

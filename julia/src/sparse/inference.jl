@@ -1,0 +1,106 @@
+features(net::SparseNetwork) = prod(first(net.sizes))
+outputs(net::SparseNetwork) = outputs(last(net.layers).panels)
+
+(net::SparseNetwork)(x::AbstractVector) = vec(net(reshape(x, :, 1)))
+function (net::SparseNetwork)(x::AbstractMatrix)
+    y = Matrix{Float32}(undef, outputs(net), size(x, 2))
+    infer!(y, net, convert(Matrix{Float32}, x))
+    return y
+end
+(net::SparseNetwork)(x::AbstractArray) = net(reshape(x, :, size(x, ndims(x))))
+
+"Write the network's outputs for `x` to `y`, and return whether all of `x` is finite."
+function infer!(y, net, x)
+    size(x, 1) == features(net) || throw(DimensionMismatch("x must have $(features(net)) features, not $(size(x, 1))"))
+    n = size(x, 2)
+    n <= net.few && return with_scratch(net) do buffers
+        mapreduce(i -> infer_one!(y, net, x, i, vec.(buffers)...), &, 1:n; init = true)
+    end
+    threads = Threads.nthreads()
+    width = LANES * clamp(cld(n, LANES * threads), 1, net.vectors)
+    panels = Panels(cld(n, width))
+    tasks = [Threads.@spawn(take_panels!(panels, y, net, x, width)) for _ in 2:min(threads, panels.count)]
+    try
+        take_panels!(panels, y, net, x, width)
+    finally
+        await(panels, tasks)
+    end
+    return panels.finite
+end
+
+"Panels that tasks take one after the other, so that a task that begins late, or is interrupted, takes fewer of them."
+mutable struct Panels
+    const count::Int
+    @atomic next::Int
+    @atomic done::Int
+    @atomic finite::Bool
+end
+Panels(count) = Panels(count, 0, 0, true)
+
+function take_panels!(panels, y, net, x, width)
+    panels.next < panels.count || return nothing
+    return with_scratch(net) do buffers
+        while (p = @atomic panels.next += 1) <= panels.count
+            samples = ((p - 1) * width + 1):min(p * width, size(x, 2))
+            infer_panel!(y, net, x, samples, buffers..., width) || (@atomic panels.finite = false)
+            @atomic panels.done += 1
+        end
+    end
+end
+
+"Wait until all panels are done, at first without giving up the processor: usually that is sooner than another task could be run."
+function await(panels, tasks)
+    until = time_ns() + 50_000
+    while panels.done < panels.count
+        time_ns() < until || return foreach(wait, tasks)
+        GC.safepoint()
+    end
+    return nothing
+end
+
+function with_scratch(f, net)
+    buffers = take!(net.scratch)
+    try
+        return f(buffers)
+    finally
+        put!(net.scratch, buffers)
+    end
+end
+
+function infer_panel!(y, net, x, samples, one, other, width)
+    n, m = features(net), outputs(net)
+    given = GC.@preserve x one Rows(pointer(x, (first(samples) - 1) * n + 1), n, length(samples), pointer(one), true)
+    GC.@preserve x one for (i, layer) in enumerate(net.layers)
+        input = i > 1 || !(layer.panels isa SparseKernel) ? one : given
+        i == 1 && input === one &&
+            (given.finite = transpose_into!(pointer(one), width, given.from, n, n, length(samples)))
+        multiply_panel!(other, input, layer.panels, width)
+        isnothing(layer.σ) || activate!(layer.σ, other, width * outputs(layer.panels))
+        one, other = other, one
+    end
+    GC.@preserve y one transpose_into!(pointer(y, (first(samples) - 1) * m + 1), m, pointer(one), width, length(samples), m)
+    return given.finite
+end
+
+multiply_panel!(y, x, kernel, width) =
+    width == LANES ? multiply!(y, x, kernel, Val(1)) : width == 2LANES ? multiply!(y, x, kernel, Val(2)) :
+    width == 3LANES ? multiply!(y, x, kernel, Val(3)) : multiply!(y, x, kernel, Val(4))
+
+function infer_one!(y, net, x, i, one, other)
+    n, m = features(net), outputs(net)
+    copyto!(one, 1, x, (i - 1) * n + 1, n)
+    finite = iszero(sum(value -> 0 * value, view(one, 1:n)))
+    for layer in net.layers
+        multiply!(other, one, layer.single)
+        isnothing(layer.σ) || activate!(layer.σ, other, outputs(layer.single))
+        one, other = other, one
+    end
+    copyto!(y, (i - 1) * m + 1, one, 1, m)
+    return finite
+end
+
+function activate!(σ, values, n)
+    part = view(values, 1:n)
+    part .= σ.(part)
+    return values
+end
