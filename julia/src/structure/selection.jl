@@ -212,7 +212,7 @@ function select(structure, scores, masks, match::Contest, keep)
     (; units, layers, groups) = match
     scores = unit_scores(structure, scores, masks)
     any(l -> any_nan(scores[l], units[l]), layers) && throw(ArgumentError("saliency gave NaN scores, which cannot be ranked"))
-    safe = structure.min_kept == 0 ? nothing : map((score, unit) -> protected(score, unit, structure.min_kept), scores, units)
+    safe = structure.min_kept > 0 ? map((score, unit) -> protected(score, unit, structure.min_kept), scores, units) : nothing
     new = isnothing(safe) ? map(copy, units) : map((unit, s) -> unit .& .!s, units, safe)
     drop = map(groups, keep) do places, k
         n = kept_at(units, places) - k
@@ -239,7 +239,7 @@ to_masks(::Weights, units, masks) = units
 
 "The `k` kept entries with the highest scores."
 function protected(scores, kept, k)
-    k == 0 && return fill!(similar(kept), false)
+    k > 0 || return fill!(similar(kept), false)
     return only(drop_lowest!([copy(kept)], [scores], max(0, count(kept) - k)))
 end
 
