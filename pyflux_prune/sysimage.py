@@ -49,7 +49,7 @@ image, project, statements, embedded = ARGS
 PackageCompiler.create_sysimage(
     ["Flux", "PrunableFlux", "PythonCall"];
     sysimage_path = image, project, precompile_statements_file = statements, import_into_main = false,
-    include_transitive_dependencies = false, sysimage_build_args = `--load=$embedded`)
+    sysimage_build_args = `--load=$embedded`)
 """
 
 
