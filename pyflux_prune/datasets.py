@@ -68,6 +68,8 @@ def as_inputs(x: object, features: int | None = None, shape: tuple[int, ...] = (
     if x.size == 0:
         raise InvalidInput(f"{name} must not be empty, but has the shape {x.shape}")
     columns: npt.NDArray[Any] = _flat(x) if images else x
+    if columns.dtype == np.float32:
+        return np.ascontiguousarray(columns)
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(columns, dtype=np.float32)
 

@@ -277,8 +277,7 @@ class SparseNetwork:
         outputs, finite = self._function(as_inputs(samples, self._features, self._input_shape))
         if not finite:
             check_inputs(samples, self._features, self._input_shape)
-        one: Float = outputs[0]
-        return one if is_one else outputs
+        return outputs.reshape(-1) if is_one else outputs
 
     def __repr__(self) -> str:
         """Return the density."""

@@ -52,6 +52,7 @@ true
 """
 function sparsify(model; kernels = :auto, input_size = nothing)
     layers, parts = sequence(model)
+    parts = foldl(with_part, parts; init = Any[])
     choices = kernels isa Symbol ? fill(kernels, length(layers)) : collect(Symbol, kernels)
     length(choices) == length(layers) && all(in((:auto, :sparse, :dense)), choices) || throw(ArgumentError(
         "kernels must be :auto, :sparse or :dense, or one of these per layer ($(length(layers))), not $kernels"))
@@ -79,6 +80,23 @@ function few_samples(in_panels, by_one)
     times = [@elapsed(infer!(y, net, x)) for net in (in_panels, by_one), _ in 1:16]
     panel, single = minimum(times; dims = 2)
     return clamp(floor(Int, panel / single), 1, LANES - 1)
+end
+
+"The parts and one more, which, if it is a batch normalisation, the layer before may do as well, with other weights."
+function with_part(parts, part)
+    last_one = isempty(parts) ? nothing : last(parts)
+    part isa BatchNorm && part.track_stats && last_one isa Prunable && inner(last_one).σ === identity || return push!(parts, part)
+    W, (scale, shift) = weight(last_one), scale_and_shift(part)
+    size(W, output_dim(last_one)) == length(scale) || return push!(parts, part) # then it gets its message
+    along_outputs = reshape(scale, ntuple(i -> i == output_dim(last_one) ? length(scale) : 1, ndims(W)))
+    parts[end] = rebuilt(last_one, W .* along_outputs, last_one.mask; bias = bias(last_one) .* scale .+ shift, σ = part.λ)
+    return parts
+end
+
+"What batch normalisation multiplies each channel by, and what it adds."
+function scale_and_shift((; β, γ, μ, σ², ϵ, affine)::BatchNorm)
+    scale = (affine ? γ : 1) ./ sqrt.(σ² .+ ϵ)
+    return scale, (affine ? β : 0) .- μ .* scale
 end
 
 function input_dims(parts, given)
@@ -120,10 +138,8 @@ end
 function fast_layers(norm::BatchNorm, dims, choice)
     norm.track_stats || throw(ArgumentError("BatchNorm must track its statistics to be sparsified"))
     check_channels(norm, dims, length(dims), norm.chs)
-    (; λ, β, γ, μ, σ², ϵ, affine) = norm
-    scale = Array{Float32}((affine ? γ : 1) ./ sqrt.(σ² .+ ϵ))
-    shift = Array{Float32}((affine ? β : 0) .- μ .* scale)
-    return [FastLayer(Scaling(prod(dims), scale, shift), λ === identity ? nothing : NNlib.fast_act(λ, scale))], dims
+    scale, shift = map(Array{Float32}, scale_and_shift(norm))
+    return [FastLayer(Scaling(prod(dims), scale, shift), norm.λ === identity ? nothing : NNlib.fast_act(norm.λ, scale))], dims
 end
 
 function fast_layers(pool::Union{Flux.MaxPool,Flux.MeanPool}, dims, choice)
