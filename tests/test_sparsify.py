@@ -85,3 +85,12 @@ def test_networks_of_images(engine: str, kernels: str, shape: tuple[int, int, in
     x[3, 0, 5, 6] = np.nan
     with pytest.raises(fp.InvalidInput, match="1 of its"):
         fast(x)
+
+
+@pytest.mark.julia
+def test_what_the_c_function_cannot_do_is_done_by_a_call_that_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyflux_prune.engines import julia
+
+    net, x = pruned("julia"), np.ones((70, 20), np.float32)
+    monkeypatch.setattr(julia, "_infer_function", lambda: lambda *arguments: -1)
+    np.testing.assert_allclose(net.sparsify()(x), net(x), rtol=1e-5, atol=1e-5)
