@@ -5,25 +5,35 @@ const LANES = 16
 const Lane = Vec{LANES,Float32}
 const MAX_VECTORS = 4
 
-"Inputs whose values of a panel stay in the fastest cache while the weights of all outputs pass over them."
-const BLOCK = 160
+"""
+Inputs, at most, whose values of a panel stay in the fastest cache while the weights of all outputs pass over them. With few
+weights, when sums are read and written again for few products, longer blocks are faster.
+"""
+block_size(density) = density > 0.15 ? 160 : 208
 
 "Outputs that a dense layer computes at once, as many as registers hold: 24 vectors of AVX-512's 32."
 const GROUP = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 6 : 1
+
+"Outputs that a sparse layer computes at once, so that their sums do not wait for each other and their weights take one load."
+const TOGETHER = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 4 : 1
 
 """
     SparseKernel(W, mask, bias, relu)
 
 The kept weights of a layer for panels, block of inputs by block, so that the work is proportional to their number. Within a
-block, outputs come in the order of their number of weights: loops of one length after another are predicted well. `relu` is
-fused.
+block, outputs with as many weights as each other come TOGETHER at a time: the first weight of each, the second of each, and so
+on (SELL-C-σ without padding; Kreutzer et al., 2014, "A unified sparse matrix data format for efficient general sparse
+matrix-vector multiplication on modern processors with wide SIMD units"). The others come after them, one by one. Both are in
+the order of their number of weights: loops of one length after another are predicted well. `relu` is fused.
 """
 struct SparseKernel
     inputs::Int
     outputs::Int
     relu::Bool
     bias::Vector{Float32}
+    block::Int # inputs of each but the last
     blocks::Vector{Int} # where in `rows` each begins, and the end
+    singles::Vector{Int} # where in `rows` those one by one begin
     rows::Vector{Int32} # outputs, from 0
     counts::Vector{Int32} # of their weights in the block
     columns::Vector{UInt8} # inputs in the block, from 0
@@ -44,27 +54,55 @@ to the next.
 function packed(kept, strides, bias, relu)
     inputs, outputs = size(kept)
     n = count(kept)
-    blocks, rows, counts = Int[1], Int32[], Int32[]
-    columns, places = Vector{UInt8}(undef, n + 1), Vector{Int32}(undef, n + 1)
-    k = 1
-    for start in 1:BLOCK:inputs
-        block = start:min(start + BLOCK - 1, inputs)
-        numbers = [count(view(kept, block, i)) for i in 1:outputs]
-        for i in sortperm(numbers)
-            # In the first block outputs get their bias, in the last their activation.
-            numbers[i] == 0 && first(block) > 1 && last(block) < inputs && continue
-            push!(rows, i - 1)
-            push!(counts, numbers[i])
-            @inbounds for j in block # written first and kept or not after, as which are kept cannot be predicted
-                columns[k] = (j - start) % UInt8
-                places[k] = ((j - 1) * strides[1] + (i - 1) * strides[2] + 1) % Int32
-                k += kept[j, i]
+    block = cld(inputs, cld(inputs, block_size(n / length(kept))))
+    blocks, singles, rows, counts = Int[1], Int[], Int32[], Int32[]
+    columns, places = Vector{UInt8}(undef, n), Vector{Int32}(undef, n)
+    found = Matrix{UInt8}(undef, block + 1, TOGETHER)
+    k = 0
+    for start in 1:block:inputs
+        stop = min(start + block - 1, inputs)
+        numbers = [count(view(kept, start:stop, i)) for i in 1:outputs]
+        # In the first block outputs get their bias, in the last their activation.
+        order = filter(i -> numbers[i] > 0 || start == 1 || stop == inputs, sortperm(numbers))
+        chunks = chunked(order, numbers)
+        push!(singles, length(rows) + 1 + TOGETHER * count(chunk -> length(chunk) == TOGETHER, chunks))
+        for chunk in chunks
+            append!(rows, chunk .- 1)
+            append!(counts, @view numbers[chunk])
+            for (c, i) in enumerate(chunk)
+                find!(view(found, :, c), view(kept, start:stop, i))
+            end
+            for m in 1:numbers[first(chunk)], (c, i) in enumerate(chunk)
+                k += 1
+                columns[k] = found[m, c]
+                places[k] = (start - 1 + found[m, c]) * strides[1] + (i - 1) * strides[2] + 1
             end
         end
         push!(blocks, length(rows) + 1)
     end
-    kernel = SparseKernel(inputs, outputs, relu, bias, blocks, rows, counts, resize!(columns, n), zeros(Float32, n))
-    return kernel, resize!(places, n)
+    kernel = SparseKernel(inputs, outputs, relu, bias, block, blocks, singles, rows, counts, columns, zeros(Float32, n))
+    return kernel, places
+end
+
+"Outputs in the order of their `numbers` of weights: first TOGETHER at a time where these are the same, then the others one by one."
+function chunked(order, numbers)
+    chunks, others, i = Vector{Int}[], Vector{Int}[], 1
+    while i <= length(order)
+        last = i + TOGETHER - 1
+        together = last <= length(order) && numbers[order[last]] == numbers[order[i]]
+        push!(together ? chunks : others, order[i:(together ? last : i)])
+        i += together ? TOGETHER : 1
+    end
+    return append!(chunks, others)
+end
+
+"Write to `found` the places, from 0, of what is kept."
+function find!(found, kept)
+    m = 1
+    @inbounds for j in eachindex(kept) # written first and kept or not after, as which are kept cannot be predicted
+        found[m] = (j - 1) % UInt8
+        m += kept[j]
+    end
 end
 
 """
@@ -79,12 +117,12 @@ mutable struct Rows
     finite::Bool
 end
 
-block(x::Matrix, b, ::Val{V}) where {V} = pointer(x) + (b - 1) * BLOCK * V * sizeof(Lane)
+"The inputs of a panel from `start` on, as many as a block has."
+block(x::Matrix, start, size, ::Val{V}) where {V} = pointer(x) + start * V * sizeof(Lane)
 
-function block(x::Rows, b, ::Val{V}) where {V}
-    start = (b - 1) * BLOCK
+function block(x::Rows, start, size, ::Val{V}) where {V}
     x.finite &= transpose_into!(x.block, V * LANES, x.from + start * sizeof(Float32), x.features,
-                                min(BLOCK, x.features - start), x.samples)
+                                min(size, x.features - start), x.samples)
     return x.block
 end
 
@@ -92,50 +130,66 @@ inputs(kernel::SparseKernel) = kernel.inputs
 outputs(kernel::SparseKernel) = kernel.outputs
 
 "`y = W * x .+ bias` and the fused activation for panels of V vectors: `x` is (samples, inputs), `y` (samples, outputs)."
-function multiply!(y::Matrix{Float32}, x::Union{Matrix{Float32},Rows}, kernel::SparseKernel, ::Val{V}) where {V}
+function multiply!(y::Matrix{Float32}, x::Union{Matrix{Float32},Rows}, kernel::SparseKernel, width::Val)
     GC.@preserve x y kernel begin
-        columns, values = pointer(kernel.columns), pointer(kernel.values)
-        n = length(kernel.blocks) - 1
+        at, n = NextWeights(pointer(kernel.columns), pointer(kernel.values)), length(kernel.singles)
         for b in 1:n
-            columns, values = multiply_block!(pointer(y), block(x, b, Val(V)), kernel, b, n, columns, values, Val(V))
+            input = block(x, (b - 1) * kernel.block, kernel.block, width)
+            bias = b == 1 ? pointer(kernel.bias) : C_NULL
+            at = over_block(multiply_rows!, at, kernel, b, pointer(y), input, bias, kernel.relu && b == n, width)
         end
     end
     return y
 end
 
-function multiply_block!(y, x, kernel, b, n, columns, values, ::Val{V}) where {V}
-    rows, counts, bias = pointer(kernel.rows), pointer(kernel.counts), pointer(kernel.bias)
-    for r in kernel.blocks[b]:(kernel.blocks[b + 1] - 1)
-        i, count = unsafe_load(rows, r) % Int, unsafe_load(counts, r) % Int
-        output = y + i * V * sizeof(Lane)
-        sums = b == 1 ? ntuple(_ -> Lane(unsafe_load(bias, i + 1)), Val(V)) : load(output, Val(V))
-        sums = add_products(sums, x, columns, values, count, Val(V))
-        kernel.relu && b == n && (sums = map(s -> max(s, zero(s)), sums))
-        store!(output, sums, Val(V))
-        columns += count
-        values += count * sizeof(Float32)
+"Where a kernel's next weights are."
+struct NextWeights
+    columns::Ptr{UInt8}
+    values::Ptr{Float32}
+end
+after(at::NextWeights, n) = NextWeights(at.columns + n, at.values + n * sizeof(Float32))
+
+"Call `f` for the outputs of a block, TOGETHER or one at a time: with where their weights begin, their number, and the outputs."
+@inline function over_block(f, at, kernel, b, arguments...)
+    rows, counts = pointer(kernel.rows), pointer(kernel.counts)
+    r, single, stop = kernel.blocks[b], kernel.singles[b], kernel.blocks[b + 1]
+    while r < single
+        at = f(at, unsafe_load(counts, r) % Int, rows_from(rows, r, Val(TOGETHER)), arguments...)
+        r += TOGETHER
     end
-    return columns, values
+    while r < stop
+        at = f(at, unsafe_load(counts, r) % Int, rows_from(rows, r, Val(1)), arguments...)
+        r += 1
+    end
+    return at
 end
 
-# In pairs, so that two weights and two columns take one load each: loads, of which a product needs as many as it has
-# vectors, are what limits the kernel.
-@inline function add_products(sums, x, columns, values, count, ::Val{V}) where {V}
-    k = 0
-    while k < count - 1
-        pair = vload(Vec{2,Float32}, values + k * sizeof(Float32))
-        both = unsafe_load(Ptr{UInt16}(columns + k)) % UInt32
-        first, second = ENDIAN_BOM == 0x04030201 ? (both & 0xff, both >> 8) : (both >> 8, both & 0xff)
-        sums = add_product(sums, splat(pair, Val(0)), x + first * V * sizeof(Lane))
-        sums = add_product(sums, splat(pair, Val(1)), x + second * V * sizeof(Lane))
-        k += 2
+@inline rows_from(rows, r, chunk) = ntuple(c -> unsafe_load(rows, r + c - 1) % Int, chunk)
+
+@inline function multiply_rows!(at, count, rows, y, x, bias, relu, width)
+    sums = bias == C_NULL ? map(i -> (@inline; load(y + i * bytes(width), width)), rows) :
+           map(i -> (@inline; ntuple(Returns(Lane(unsafe_load(bias, i + 1))), width)), rows)
+    for _ in 1:count
+        weights, inputs = next(at, Val(length(rows)), x, width)
+        sums, at = map(add_product, sums, weights, inputs), after(at, length(rows))
     end
-    if k < count
-        input = x + unsafe_load(columns, k + 1) * V * sizeof(Lane)
-        sums = add_product(sums, Lane(unsafe_load(values, k + 1)), input)
-    end
-    return sums
+    relu && (sums = map(row -> (@inline; map(s -> max(s, zero(s)), row)), sums))
+    map((i, row) -> (@inline; store!(y + i * bytes(width), row, width)), rows, sums)
+    return at
 end
+
+bytes(::Val{V}) where {V} = V * sizeof(Lane)
+
+"The next weights, and where their inputs are."
+@inline next(at, n, x, width) = weights(at.values, n), map(column -> x + column * bytes(width), columns(at.columns, n))
+
+@inline weights(p, ::Val{1}) = (Lane(unsafe_load(p)),)
+@inline columns(p, ::Val{1}) = (unsafe_load(p) % Int,)
+# In few loads: loads, of which a product needs as many as it has vectors, are what limits the kernel.
+@inline weights(p, ::Val{4}) = (pair_of_weights(p)..., pair_of_weights(p + 2sizeof(Float32))...)
+@inline pair_of_weights(p) = (pair = vload(Vec{2,Float32}, p); (splat(pair, Val(0)), splat(pair, Val(1))))
+@inline columns(p, ::Val{4}) =
+    (all = ltoh(unsafe_load(Ptr{UInt32}(p))) % Int; (all & 0xff, all >> 8 & 0xff, all >> 16 & 0xff, all >> 24))
 
 @inline splat(vector, ::Val{i}) where {i} = shufflevector(vector, Val(ntuple(Returns(i), Val(LANES))))
 @inline add_product(sums::NTuple{N}, w, x) where {N} =
@@ -145,41 +199,49 @@ end
     ntuple(v -> (vstore(vectors[v], p + (v - 1) * stride); nothing), Val(V))
 
 "Add to `slopes`, in the order of the kernel's weights, the products `dy * x'` where weights are kept; panels as in `multiply!`."
-function add_slopes!(slopes, dy::Matrix{Float32}, x::Matrix{Float32}, kernel::SparseKernel, ::Val{V}) where {V}
+function add_slopes!(slopes, dy::Matrix{Float32}, x::Matrix{Float32}, kernel::SparseKernel, width::Val)
     GC.@preserve slopes dy x kernel begin
-        at, columns = pointer(slopes), pointer(kernel.columns)
+        at = NextWeights(pointer(kernel.columns), pointer(slopes))
         for b in 1:(length(kernel.blocks) - 1)
-            at, columns = add_slopes_of_block!(at, pointer(dy), block(x, b, Val(V)), kernel, b, columns, Val(V))
+            input = block(x, (b - 1) * kernel.block, kernel.block, width)
+            at = over_block(add_slopes_of_rows!, at, kernel, b, pointer(dy), input, width)
         end
     end
     return slopes
 end
 
-function add_slopes_of_block!(at, dy, x, kernel, b, columns, ::Val{V}) where {V}
-    for r in kernel.blocks[b]:(kernel.blocks[b + 1] - 1)
-        count = kernel.counts[r] % Int
-        row = load(dy + kernel.rows[r] * V * sizeof(Lane), Val(V))
-        k = 0
-        while k < count - 3
-            quad = sums(product(row, x, columns, k, Val(V)), product(row, x, columns, k + 1, Val(V)),
-                        product(row, x, columns, k + 2, Val(V)), product(row, x, columns, k + 3, Val(V)))
-            vstore(vload(Vec{4,Float32}, at + 4k) + quad, at + 4k)
-            k += 4
-        end
-        while k < count
-            unsafe_store!(at + 4k, unsafe_load(at + 4k) + sum(product(row, x, columns, k, Val(V))))
-            k += 1
-        end
-        at += 4count
-        columns += count
+@inline function add_slopes_of_rows!(at, count, rows, dy, x, width)
+    deltas = map(i -> (@inline; load(dy + i * bytes(width), width)), rows)
+    for _ in 1:count
+        at = add_next_slopes!(at, deltas, x, width)
     end
-    return at, columns
+    return at
 end
 
-@inline function product(row, x, columns, k, ::Val{V}) where {V}
-    input = x + unsafe_load(columns, k + 1) * V * sizeof(Lane)
+# Of one output four at a time, as sums over vectors take long.
+@inline function add_slopes_of_rows!(at, count, (i,)::Tuple{Int}, dy, x, width)
+    delta = load(dy + i * bytes(width), width)
+    for _ in 1:(count >> 2)
+        at = add_next_slopes!(at, (delta, delta, delta, delta), x, width)
+    end
+    for _ in 1:(count & 3)
+        at = add_next_slopes!(at, (delta,), x, width)
+    end
+    return at
+end
+
+@inline function add_next_slopes!(at, deltas, x, width)
+    _, inputs = next(at, Val(length(deltas)), x, width)
+    add_sums!(at.values, map(product, deltas, inputs))
+    return after(at, length(deltas))
+end
+
+@inline add_sums!(p, products::NTuple{4}) = vstore(vload(Vec{4,Float32}, p) + sums(products...), p)
+@inline add_sums!(p, (product,)::Tuple{Any}) = unsafe_store!(p, unsafe_load(p) + sum(product))
+
+@inline function product(row, input)
     sums = row[1] * vload(Lane, input)
-    for v in 2:V
+    for v in 2:length(row)
         sums = muladd(row[v], vload(Lane, input + (v - 1) * sizeof(Lane)), sums)
     end
     return sums
