@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pyflux_prune import EngineUnavailable, cli, doctor, sysimage
@@ -253,4 +254,7 @@ def test_without_julia_the_command_is_one_line_and_exit_code_2(tmp_path: Path) -
 
 @pytest.mark.julia
 def test_the_workload_runs_and_repeats() -> None:
-    assert sysimage.workload() == sysimage.workload()
+    first, second = (np.reshape(sysimage.workload(), (2, 5)) for _ in range(2))
+    np.testing.assert_array_equal(first[:, :3], second[:, :3])
+    # Which kernels infer is measured, so these may differ by rounding.
+    np.testing.assert_allclose(first[:, 3:], second[:, 3:], rtol=1e-5)
