@@ -91,6 +91,19 @@ def test_threaded_julia_survives_garbage_collection() -> None:
 
 
 @pytest.mark.julia
+def test_packages_that_do_not_load_are_one_sentence() -> None:
+    done = run_python(
+        "from pyflux_prune.engines import julia; julia.LOAD = 'error(\\"no such luck\\")'\n"
+        "try: julia.start()\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    assert done.stdout == (
+        "EngineUnavailable Julia could not be started (no such luck); `pyflux-prune doctor` says what is missing\n"
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.julia
 def test_weights_and_masks_are_views_of_julia_s_memory() -> None:
     net = fp.mlp([5, 7, 2], engine="julia")
     main = julia.start()

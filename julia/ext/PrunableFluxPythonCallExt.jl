@@ -11,7 +11,7 @@ using PrecompileTools: @compile_workload, @setup_workload
 using PrunableFlux: PrunableFlux, Prunable, PrunableConv, PrunableDense, SparseNetwork, canonical, evaluate, features, flipped,
                     host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer, unprunable,
                     zero_pruned!
-using PythonCall: Py, pybuiltins, pyconvert, pygetattr, pyrepr
+using PythonCall: Py, pybuiltins, pyconvert, pygetattr
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)
 
@@ -187,6 +187,7 @@ train_plain!(plain, opt, model, data...) =
     at(array) = Int(pointer(array))
     @compile_workload GC.@preserve x y order w m b fast begin
         bridge, view = Py(@__MODULE__), pybuiltins.memoryview
+        bridge.seval("Threads.nthreads()")
         dense_part(outputs, inputs, σ) = bridge.dense(outputs, inputs, at(w), at(m), at(b), σ)
         conv_part(outputs, inputs, bias, σ) =
             bridge.conv(outputs, inputs, 3, 3, at(w), at(m), bias, σ, (1, 1), (1, 1), (1, 1))
@@ -201,7 +202,6 @@ train_plain!(plain, opt, model, data...) =
             data = (at(x), sizes, at(y), 12)
             pygetattr(bridge, "load!")(model, place, at(w), at(m), at(b))
             foreach(view, (bridge.weight(model, 1), bridge.mask(model, 1), bridge.bias(model, 1)))
-            pyrepr(model)
             opt = bridge.setup(model, bridge.choice("Adam"; beta = (0.9, 0.999), eta = 0.01, epsilon = 1e-8))
             steps = bridge.Steps(model, opt, data..., at(order), 12, 5)
             pygetattr(bridge, "advance!")(steps, 0.2), length(steps.losses), view(steps.losses)

@@ -62,7 +62,9 @@ def start() -> Any:
             import juliacall
 
             main = juliacall.Main
-            main.seval(LOAD)
+            # Not by `seval`: what that compiles when it is first called is compiled already in what is loaded here.
+            if juliacall.CONFIG["lib"].jl_eval_string(LOAD.encode()) is None:
+                main.seval(LOAD)  # raises what went wrong
     _take_back_interrupts()
     if not {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
         main.seval("LinearAlgebra.BLAS.set_num_threads(Threads.nthreads())")
