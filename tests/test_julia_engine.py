@@ -93,9 +93,14 @@ def test_threaded_julia_survives_garbage_collection() -> None:
 @pytest.mark.julia
 def test_packages_that_do_not_load_are_one_sentence() -> None:
     done = run_python(
-        "from pyflux_prune.engines import julia; julia.LOAD = 'error(\\"no such luck\\")'\n"
-        "try: julia.start()\n"
-        "except Exception as error: print(type(error).__name__, error)"
+        """
+from pyflux_prune.engines import julia
+julia.LOAD = 'error("no such luck")'
+try:
+    julia.start()
+except Exception as error:
+    print(type(error).__name__, error)
+"""
     )
     assert done.stdout == (
         "EngineUnavailable Julia could not be started (no such luck); `pyflux-prune doctor` says what is missing\n"

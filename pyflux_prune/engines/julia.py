@@ -62,7 +62,7 @@ def start() -> Any:
             import juliacall
 
             main = juliacall.Main
-            # Not by `seval`: what that compiles when it is first called is compiled already in what is loaded here.
+            # Not by `seval`, which takes long to compile: in what is loaded here it is compiled already.
             if juliacall.CONFIG["lib"].jl_eval_string(LOAD.encode()) is None:
                 main.seval(LOAD)  # raises what went wrong
     _take_back_interrupts()
