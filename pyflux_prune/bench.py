@@ -30,6 +30,9 @@ SECONDS = 2e-3
 PAUSE = 5e-3
 """Before each, in which the threads of others come to rest."""
 
+WAKING = 1e-2
+"""Then, for as long about, the same is done without being measured, until its own threads are awake."""
+
 MAX_CALLS = 1000
 BATCHES = 20
 
@@ -181,14 +184,16 @@ def compare(
     A measurement takes at least so many calls: what comes once before them should not count.
     """
     works = [ours, *others.values()]
-    calls = []
+    waking, calls = [], []
     for work in works:
         work.seconds(1)
-        calls.append(min(MAX_CALLS, max(least, 1 + int(SECONDS / work.seconds(3) * 3))))
+        rate = 3 / work.seconds(3)
+        waking.append(1 + int(WAKING * rate))
+        calls.append(min(MAX_CALLS, max(least, 1 + int(SECONDS * rate))))
     best = [np.inf] * len(works)
     for _ in range(repeats):
         for i, work in enumerate(works):
             time.sleep(PAUSE)
-            work.seconds(calls[i])  # until its own threads are awake, too
+            work.seconds(waking[i])
             best[i] = min(best[i], 1e6 * work.seconds(calls[i]) / calls[i])
     return [Row(what, batch, sparsity, peer, best[0], us) for peer, us in zip(others, best[1:], strict=True)]

@@ -42,6 +42,9 @@ finally
 end
 """
 
+NANOSECONDS_AWAKE = 1_000_000
+"""How long a Julia thread waits for more work before it sleeps: waking it takes longer than a small network."""
+
 PACKAGE = Path(__file__).parent.parent / "julia"
 """The Julia package: a link to the repository's ``julia/``, or the wheel's own copy."""
 
@@ -100,6 +103,8 @@ def _defaults() -> dict[str, str]:
     is on, unless the user turned it off, and then there is one thread.
     """
     defaults = {}
+    if "JULIA_THREAD_SLEEP_THRESHOLD" not in os.environ:
+        defaults["JULIA_THREAD_SLEEP_THRESHOLD"] = str(NANOSECONDS_AWAKE)
     if said("HANDLE_SIGNALS") is None:
         defaults["PYTHON_JULIACALL_HANDLE_SIGNALS"] = "yes"
     if said("THREADS") is None and "JULIA_NUM_THREADS" not in os.environ:
