@@ -227,7 +227,10 @@ def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     else:
         from rich.console import Console
 
-        Console().print(table())
+        console = Console()
+        if not console.is_terminal:
+            console.width = 1000  # tables take what they need
+        console.print(table())
 
 
 @cli.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.table import Table
 
 import pyflux_prune as fp
 from pyflux_prune import choices, cli
@@ -119,6 +120,14 @@ def test_a_lost_layer_is_one_line_on_stderr(command: Command) -> None:
     assert json.loads(out)["rounds"][-1]["layers"][1]["density"] == 0
     assert err.count("\n") == 1
     assert err.startswith("pyflux-prune: pruning left no weight in layer 2")
+
+
+def test_tables_in_files_are_not_cut(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = Table("a heading", "another " * 12)
+    table.add_row("1", "2")
+    cli._print(False, {}, lambda: table)
+    assert "another " * 11 in capfd.readouterr().out
 
 
 def test_run_resumes(command: Command) -> None:
