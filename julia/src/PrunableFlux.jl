@@ -42,6 +42,7 @@ export SET, RigL, regrow!, sparse_train!
 export sensitivity, tolerable_rates, lottery_ticket
 export sparsify
 
+include("parallel.jl")
 include("layers.jl")
 include("conv.jl")
 include("recurrent.jl")

@@ -2,9 +2,9 @@
 using Distributed, Test
 
 const FILES = ["conv", "saliency", "quality", "training", "strategies", "recurrent", "experiment", "structure", "sparse", "windows",
-               "device", "layers", "selection", "schedule"]
+               "device", "layers", "selection", "schedule", "parallel"]
 
-addprocs(2; exeflags = Base.julia_cmd().exec[2:end])
+addprocs(2; exeflags = [Base.julia_cmd().exec[2:end]; "--threads=2"])
 @everywhere using Random, Test
 @everywhere include($(joinpath(@__DIR__, "networks.jl")))
 @everywhere function run_file(path)

@@ -65,6 +65,32 @@ end
     end
 end
 
+@testset "a trainer is taken up again while masks are the same" begin
+    rng = Xoshiro(2)
+    model = prune!(mlp(rng, 40, 30, 5), Magnitude(); sparsity = 0.8)
+    opt = Flux.setup(Adam(0.01), model)
+    last_one = trainer(model, opt)
+    x, y = randn(rng, Float32, 40, 16), Flux.onehotbatch(rand(rng, 1:5, 16), 1:5)
+    again() = trainer(model, opt, last_one)
+    train(trained, model, opt) = (step!(Flux.logitcrossentropy, trained, opt, x, y); store!(trained))
+    train(last_one, model, opt)
+    @test again() === last_one
+    @test trainer(model, Flux.setup(Adam(0.01), model), last_one) !== last_one
+    @test trainer(deepcopy(model), opt, last_one) !== last_one
+    copy, copy_opt = deepcopy((model, opt))
+    model[1].dense.weight[model[1].mask] .*= 2 # which it is to see
+    copy[1].dense.weight[copy[1].mask] .*= 2
+    @test train(again(), model, opt)[1].dense.weight == train(trainer(copy, copy_opt), copy, copy_opt)[1].dense.weight
+    kept, pruned = findfirst(model[2].mask), findfirst(!, model[2].mask)
+    model[2].mask[kept], model[2].mask[pruned] = false, true
+    @test again() !== last_one
+    model[2].mask[kept], model[2].mask[pruned] = true, false
+    @test again() === last_one
+    prune!(model, Magnitude(); sparsity = 0.9)
+    @test again() !== last_one
+    @test trainer(model, opt, nothing) isa SparseTrainer && trainer(model, opt, model) isa SparseTrainer
+end
+
 struct HalfStep <: Optimisers.AbstractRule end
 Optimisers.init(::HalfStep, x) = nothing
 Optimisers.apply!(::HalfStep, state, x, dx) = state, dx ./ 2

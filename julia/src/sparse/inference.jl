@@ -18,44 +18,16 @@ function infer!(y, net, x)
     end
     threads = Threads.nthreads()
     width = LANES * clamp(cld(n, LANES * threads), 1, net.vectors)
-    panels = Panels(cld(n, width))
-    tasks = [Threads.@spawn(take_panels!(panels, y, net, x, width)) for _ in 2:min(threads, panels.count)]
-    try
-        take_panels!(panels, y, net, x, width)
-    finally
-        await(panels, tasks)
-    end
-    return panels.finite
-end
-
-"Panels that tasks take one after the other, so that a task that begins late, or is interrupted, takes fewer of them."
-mutable struct Panels
-    const count::Int
-    @atomic next::Int
-    @atomic done::Int
-    @atomic finite::Bool
-end
-Panels(count) = Panels(count, 0, 0, true)
-
-function take_panels!(panels, y, net, x, width)
-    panels.next < panels.count || return nothing
-    return with_scratch(net) do buffers
-        while (p = @atomic panels.next += 1) <= panels.count
-            samples = ((p - 1) * width + 1):min(p * width, size(x, 2))
-            infer_panel!(y, net, x, samples, buffers..., width) || (@atomic panels.finite = false)
-            @atomic panels.done += 1
+    finite = Threads.Atomic{Bool}(true)
+    share(cld(n, width)) do panels
+        with_scratch(net) do buffers
+            for p in panels
+                samples = ((p - 1) * width + 1):min(p * width, n)
+                infer_panel!(y, net, x, samples, buffers..., width) || (finite[] = false)
+            end
         end
     end
-end
-
-"Wait until all panels are done, at first without giving up the processor: usually that is sooner than another task could be run."
-function await(panels, tasks)
-    until = time_ns() + 50_000
-    while panels.done < panels.count
-        time_ns() < until || return foreach(wait, tasks)
-        GC.safepoint()
-    end
-    return nothing
+    return finite[]
 end
 
 function with_scratch(f, net)

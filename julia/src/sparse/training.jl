@@ -103,7 +103,7 @@ end
 
 "Multiply the gradient of a layer's outputs `y` by the slope of its activation there."
 through!(dy, y, ::typeof(identity)) = dy
-through!(dy, y, ::typeof(NNlib.relu)) = dy .= ifelse.(y .> 0, dy, 0)
+through!(dy, y, ::typeof(NNlib.relu)) = dy .= ifelse.(y .> 0, dy, zero(eltype(dy)))
 through!(dy, y, ::typeof(tanh)) = dy .*= 1 .- y .^ 2
 through!(dy, y, ::typeof(NNlib.sigmoid)) = dy .*= y .* (1 .- y)
 
@@ -133,11 +133,12 @@ const Slopes = @NamedTuple{weight::Vector{Float32}, bias::Vector{Float32}}
 A perceptron in training, for [`step!`](@ref), and what that needs again and again. It is of the masks as they are now. Between
 the first step and `store!`, it has the kept weights and their memory, and the model what they were before.
 """
-mutable struct SparseTrainer{M}
+mutable struct SparseTrainer{M,O}
     const model::M
+    const opt::O
     const layers::Vector{TrainedLayer}
     const workspaces::Dict{Int,Vector{Workspace}} # by width
-    const slopes::Vector{Vector{Slopes}} # by task and layer
+    const slopes::Vector{Vector{Slopes}} # by group of panels and layer
     loaded::Bool
 end
 
@@ -154,8 +155,16 @@ function trainer(model, opt)
     leaves = [leaf for (; weight, bias) in memories for leaf in (weight, bias) if leaf isa Optimisers.Leaf]
     allunique(objectid, leaves) && all(leaf -> is_elementwise(leaf.rule), leaves) || return model
     trained = map((layer, memory) -> TrainedLayer(layer, memory, layer === first(layers)), layers, memories)
-    return SparseTrainer(model, trained, Dict{Int,Vector{Workspace}}(), Vector{Slopes}[], false)
+    return SparseTrainer(model, opt, trained, Dict{Int,Vector{Workspace}}(), Vector{Slopes}[], false)
 end
+
+"The `last` trainer if it trains just this, so that making it again is spared, or one that does."
+trainer(model, opt, last) = trains(last, model, opt) ? last : trainer(model, opt)
+
+trains(last, model, opt) = false
+trains(last::SparseTrainer, model, opt) = last.model === model && last.opt === opt && all(is_current, last.layers)
+is_current((; mask, products)::TrainedLayer) =
+    count(mask) == length(products.places) && all(place -> mask[place], products.places)
 
 "Put what a trainer has into its model and optimiser state; return the model."
 store!(model) = model
@@ -176,7 +185,7 @@ function step!(loss, trainer::SparseTrainer, opt, x, y)
     x isa Matrix{Float32} || return step!(loss, store!(trainer), opt, x, y)
     Flux._size_check(first(model), x, 1 => inputs(first(layers)))
     load!(trainer)
-    foreach(layer -> refresh!(layer.products), layers)
+    share_items((_, layer) -> refresh!(layer.products), layers)
     n = size(x, 2)
     threads = Threads.nthreads()
     width = LANES * clamp(cld(n, LANES * threads), 1, MAX_VECTORS)
@@ -191,19 +200,19 @@ function step!(loss, trainer::SparseTrainer, opt, x, y)
     end
 
     ŷ = Matrix{Float32}(undef, outputs(last(layers)), n)
-    in_tasks(groups) do _, group
+    share_items(groups) do _, group
         foreach(p -> forward_panel!(ŷ, spaces[p], layers, x, panels[p], width), group)
     end
     value, (dŷ,) = Flux.withgradient(ŷ -> loss(ŷ, y), ŷ)
     isfinite(value) || throw(DomainError(value, "the training loss is not finite; try a lower learning rate"))
-    in_tasks(groups) do task, group
-        foreach(fill_zero!, trainer.slopes[task])
-        foreach(p -> backward_panel!(trainer.slopes[task], spaces[p], layers, dŷ, panels[p], width), group)
+    share_items(groups) do g, group
+        foreach(fill_zero!, trainer.slopes[g])
+        foreach(p -> backward_panel!(trainer.slopes[g], spaces[p], layers, dŷ, panels[p], width), group)
     end
-    for (i, layer) in enumerate(layers)
+    share_items(layers) do i, layer
         total = trainer.slopes[1][i]
-        for task in 2:length(groups)
-            foreach((sum, part) -> sum .+= part, total, trainer.slopes[task][i])
+        for g in 2:length(groups)
+            foreach((sum, part) -> sum .+= part, total, trainer.slopes[g][i])
         end
         update!(layer, total)
     end
@@ -211,9 +220,6 @@ function step!(loss, trainer::SparseTrainer, opt, x, y)
 end
 
 fill_zero!(slopes) = foreach(part -> fill!(part, 0), slopes)
-
-in_tasks(f, groups) = length(groups) == 1 ? f(1, only(groups)) :
-                      foreach(wait, [Threads.@spawn(f(i, group)) for (i, group) in enumerate(groups)])
 
 function forward_panel!(ŷ, space, layers, x, samples, width)
     (; activations) = space
