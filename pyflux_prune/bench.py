@@ -27,7 +27,7 @@ import torch  # isort: skip  # after peers, which says so where it is missing
 SECONDS = 2e-3
 """What one measurement takes about, so that few are interrupted."""
 
-PAUSE = 5e-3
+PAUSE = 3e-2
 """Before each, in which the threads of others come to rest."""
 
 WAKING = 1e-2

@@ -4,7 +4,7 @@
 module PrunableFluxPythonCallExt
 
 using Flux: Flux, BatchNorm, Chain, Conv, Dense, MaxPool, MeanPool, logitcrossentropy, onehotbatch, testmode!
-using MLUtils: BatchView, obsview
+using MLUtils: getobs, mapobs
 using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
@@ -139,37 +139,38 @@ the inputs are finite, or -1 if something was thrown. Its arguments need no conv
 infer_function() = UInt(@cfunction(infer_at, Cint, (Ptr{Cvoid}, Ptr{Float32}, Ptr{Float32}, Csize_t)))
 
 "A training run over given batches that can be left and taken up again between two steps."
-mutable struct Steps{M,O,B}
-    const model::M
+mutable struct Steps{T,O,B}
+    const trained::T
     const opt::O
     const batches::B
     const losses::Vector{Float32}
     done::Int
 end
 
-function Steps(model, opt, data...)
+function Steps(trained, model, opt, data...)
     given = batches(model, data...)
-    return Steps(trainer(model, opt), opt, given, zeros(Float32, length(given)), 0)
+    return Steps(trained, opt, given, zeros(Float32, length(given)), 0)
 end
 
 function batches(model, x, sizes, y, n, order, visited, batchsize)
-    data = obsview(samples(model, x, sizes, y, n), borrow(Int64, order, visited) .+ 1)
-    return BatchView(data; batchsize = min(batchsize, visited), partial = true)
+    data = samples(model, x, sizes, y, n)
+    parts = Iterators.partition(borrow(Int64, order, visited) .+ 1, batchsize)
+    return mapobs(part -> getobs(data, part), collect(parts))
 end
 
 "Take steps until all are done or `seconds` have passed; return how many are done."
 function advance!(steps::Steps, seconds)
-    (; model, opt, batches, losses) = steps
+    (; trained, opt, batches, losses) = steps
     deadline = time() + seconds
     try
         while steps.done < length(batches)
             x, y = batches[steps.done + 1]
-            losses[steps.done + 1] = step!(logitcrossentropy, model, opt, x, y)
+            losses[steps.done + 1] = step!(logitcrossentropy, trained, opt, x, y)
             steps.done += 1
             time() < deadline || break
         end
     finally
-        store!(model)
+        store!(trained)
     end
     return steps.done
 end
@@ -203,7 +204,8 @@ train_plain!(plain, opt, model, data...) =
             pygetattr(bridge, "load!")(model, place, at(w), at(m), at(b))
             foreach(view, (bridge.weight(model, 1), bridge.mask(model, 1), bridge.bias(model, 1)))
             opt = bridge.setup(model, bridge.choice("Adam"; beta = (0.9, 0.999), eta = 0.01, epsilon = 1e-8))
-            steps = bridge.Steps(model, opt, data..., at(order), 12, 5)
+            trained = bridge.trainer(model, opt, nothing)
+            steps = bridge.Steps(trained, model, opt, data..., at(order), 12, 5)
             pygetattr(bridge, "advance!")(steps, 0.2), length(steps.losses), view(steps.losses)
             view(bridge.forward(model, at(x), sizes, 12))
             bridge.score(model, data...), bridge.loss_and_gradients(model, data...)
@@ -211,7 +213,9 @@ train_plain!(plain, opt, model, data...) =
             for (structure, sparsity) in (("Layerwise", 0.2), ("Global", 0.6))
                 bridge.prune(model, bridge.choice("Magnitude"), sparsity, bridge.choice(structure), opt, 0, sizes, 0, 0)
             end
-            pygetattr(bridge, "advance!")(bridge.Steps(model, opt, data..., at(order), 12, 5), 0.2)
+            trained = bridge.trainer(model, opt, trained)
+            trained = bridge.trainer(model, opt, trained)
+            pygetattr(bridge, "advance!")(bridge.Steps(trained, model, opt, data..., at(order), 12, 5), 0.2)
             for name in ("Magnitude", "Taylor", "SynFlow", "Wanda")
                 view(bridge.scores(model, bridge.choice(name), data...)[0])
             end

@@ -265,6 +265,7 @@ class JuliaModel(Model):
         self._like, self._model = list(parts), model
         self._shape = input_shape(parts)
         self._opt: Any = None
+        self._trainer: Any = None
 
     @staticmethod
     def build(parts: Sequence[Part]) -> JuliaModel:
@@ -317,14 +318,16 @@ class JuliaModel(Model):
 
     def start(self, optimiser: Optimiser) -> None:
         """Begin a training run: optimiser memory is empty."""
-        self._opt = _bridge().setup(self._model, _choice(optimiser))
+        self._opt, self._trainer = _bridge().setup(self._model, _choice(optimiser)), None
 
     def train(
         self, x: Float, y: Int, order: Int, batchsize: int, tick: Callable[[int], None] | None = None
     ) -> Float:
         """Train over the given batches, in Julia, coming back a few times a second for Ctrl-C and ``tick``."""
         order = np.ascontiguousarray(order, np.int64)
-        steps = _bridge().Steps(self._model, self._opt, *self._samples(x, y), _at(order), len(order), batchsize)
+        self._trainer = _bridge().trainer(self._model, self._opt, self._trainer)
+        data = *self._samples(x, y), _at(order), len(order), batchsize
+        steps = _bridge().Steps(self._trainer, self._model, self._opt, *data)
         total, done = len(steps.losses), 0
         while done < total:
             with _translated():
