@@ -181,14 +181,15 @@ end
 bytes(::Val{V}) where {V} = V * sizeof(Lane)
 
 "The next weights, and where their inputs are."
-@inline next(at, n, x, width) = weights(at.values, n), map(column -> x + column * bytes(width), columns(at.columns, n))
+@inline next(at, n, x, width) =
+    load_weights(at.values, n), map(column -> x + column * bytes(width), load_columns(at.columns, n))
 
-@inline weights(p, ::Val{1}) = (Lane(unsafe_load(p)),)
-@inline columns(p, ::Val{1}) = (unsafe_load(p) % Int,)
+@inline load_weights(p, ::Val{1}) = (Lane(unsafe_load(p)),)
+@inline load_columns(p, ::Val{1}) = (unsafe_load(p) % Int,)
 # In few loads: loads, of which a product needs as many as it has vectors, are what limits the kernel.
-@inline weights(p, ::Val{4}) = (pair_of_weights(p)..., pair_of_weights(p + 2sizeof(Float32))...)
-@inline pair_of_weights(p) = (pair = vload(Vec{2,Float32}, p); (splat(pair, Val(0)), splat(pair, Val(1))))
-@inline columns(p, ::Val{4}) =
+@inline load_weights(p, ::Val{4}) = (load_pair(p)..., load_pair(p + 2sizeof(Float32))...)
+@inline load_pair(p) = (pair = vload(Vec{2,Float32}, p); (splat(pair, Val(0)), splat(pair, Val(1))))
+@inline load_columns(p, ::Val{4}) =
     (all = ltoh(unsafe_load(Ptr{UInt32}(p))) % Int; (all & 0xff, all >> 8 & 0xff, all >> 16 & 0xff, all >> 24))
 
 @inline splat(vector, ::Val{i}) where {i} = shufflevector(vector, Val(ntuple(Returns(i), Val(LANES))))
