@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import run_julia, run_python
 
 import pyflux_prune as fp
 from pyflux_prune.engines import julia
@@ -88,6 +88,24 @@ def test_threaded_julia_survives_garbage_collection() -> None:
         JULIA_NUM_THREADS="4",
     )
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
+
+
+@pytest.mark.parametrize("given", [None, "16000"])
+def test_threads_stay_awake_unless_the_user_said_for_how_long(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "JULIA_THREAD_SLEEP_THRESHOLD"
+    monkeypatch.delenv(name, raising=False) if given is None else monkeypatch.setenv(name, given)
+    assert julia._defaults().get(name) == (str(julia.NANOSECONDS_AWAKE) if given is None else None)
+
+
+@pytest.mark.julia
+def test_julia_may_run_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JULIA_PYTHONCALL_EXE", sys.executable)
+    monkeypatch.setenv("JULIA_CONDAPKG_BACKEND", "Null")
+    code = 'using PythonCall; println(pyimport("pyflux_prune").mlp([3, 2]; engine="julia"))'
+    done = run_julia("-e", code)
+    assert (done.returncode, "3–2" in done.stdout) == (0, True), done.stderr
 
 
 @pytest.mark.julia

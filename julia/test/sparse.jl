@@ -20,6 +20,34 @@ relative(a, b) = maximum(abs, a .- b; init = 0) / max(maximum(abs, b; init = 0),
     end
 end
 
+module OtherProcessors # the kernels as they are with and without AVX-512, on whatever this is
+using PrunableFlux
+module With end
+module Without end
+for (place, answer) in ((With, "true"), (Without, "false"))
+    Core.eval(place, :(using PrunableFlux: CPUID, Vec, mul!, shufflevector, vload, vstore))
+    source = read(joinpath(pkgdir(PrunableFlux), "src", "sparse", "kernels.jl"), String)
+    Base.include_string(place, replace(source, r"CPUID.test_cpu_feature\(\S+\)" => answer))
+end
+end
+
+@testset "sparse kernels, chunks of $(kernels.CHUNK_HEIGHT)" for kernels in (OtherProcessors.With, OtherProcessors.Without)
+    rng = Xoshiro(1)
+    for (inputs, outputs) in ((1, 1), (3, 2), (17, 5), (300, 100), (500, 33)), density in (0.02, 0.3, 1)
+        mask = rand(rng, outputs, inputs) .< density
+        W, bias = randn(rng, Float32, outputs, inputs) .* mask, randn(rng, Float32, outputs)
+        kernel = kernels.SparseKernel(W, mask, bias, true)
+        slopes_kernel, places = kernels.packed(permutedims(mask), (outputs, 1), bias, false)
+        for V in 1:4
+            x, dy = randn(rng, Float32, 16V, inputs), randn(rng, Float32, 16V, outputs)
+            y = kernels.multiply!(zeros(Float32, 16V, outputs), x, kernel, Val(V))
+            @test relative(y, relu.(x * W' .+ bias')) < 1e-5
+            slopes = kernels.add_slopes!(ones(Float32, count(mask)), dy, x, slopes_kernel, Val(V))
+            @test relative(slopes, 1 .+ (dy' * x)[places]) < 1e-5
+        end
+    end
+end
+
 @testset "sparsify" begin
     rng = Xoshiro(1)
     model = prune!(mlp(rng, 40, 30, 20, 5), Magnitude(); sparsity = 0.8)

@@ -66,7 +66,8 @@ def start() -> Any:
 
             main = juliacall.Main
             # Not by `seval`, which takes long to compile: in what is loaded here it is compiled already.
-            if juliacall.CONFIG["lib"].jl_eval_string(LOAD.encode()) is None:
+            library = juliacall.CONFIG.get("lib")  # none where Julia runs Python
+            if library is None or library.jl_eval_string(LOAD.encode()) is None:
                 main.seval(LOAD)  # raises what went wrong
     _take_back_interrupts()
     if not {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
@@ -100,7 +101,7 @@ def _defaults() -> dict[str, str]:
     """What juliacall should be told, where the user has not said it.
 
     With Julia's signal handling off, more than one Julia thread can crash in the garbage collector: handling
-    is on, unless the user turned it off, and then there is one thread.
+    is on, unless the user turned it off, and then there is one thread. Threads stay awake for a while.
     """
     defaults = {}
     if "JULIA_THREAD_SLEEP_THRESHOLD" not in os.environ:

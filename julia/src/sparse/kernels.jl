@@ -14,15 +14,15 @@ block_size(density) = density > 0.15 ? 160 : 208
 "Outputs that a dense layer computes at once, as many as registers hold: 24 vectors of AVX-512's 32."
 const GROUP = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 6 : 1
 
-"Outputs that a sparse layer computes at once, so that their sums do not wait for each other and their weights take one load."
-const TOGETHER = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 4 : 1
+"Outputs that a sparse layer computes at once, so that their sums do not wait for each other and their weights take few loads."
+const CHUNK_HEIGHT = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 4 : 1
 
 """
     SparseKernel(W, mask, bias, relu)
 
 The kept weights of a layer for panels, block of inputs by block, so that the work is proportional to their number. Within a
-block, outputs with as many weights as each other come TOGETHER at a time: the first weight of each, the second of each, and so
-on (SELL-C-σ without padding; Kreutzer et al., 2014, "A unified sparse matrix data format for efficient general sparse
+block, outputs with as many weights as each other come in chunks of CHUNK_HEIGHT: the first weight of each, the second of each,
+and so on (SELL-C-σ without padding; Kreutzer et al., 2014, "A unified sparse matrix data format for efficient general sparse
 matrix-vector multiplication on modern processors with wide SIMD units"). The others come after them, one by one. Both are in
 the order of their number of weights: loops of one length after another are predicted well. `relu` is fused.
 """
@@ -57,7 +57,7 @@ function packed(kept, strides, bias, relu)
     block = cld(inputs, cld(inputs, block_size(n / length(kept))))
     blocks, singles, rows, counts = Int[1], Int[], Int32[], Int32[]
     columns, places = Vector{UInt8}(undef, n), Vector{Int32}(undef, n)
-    found = Matrix{UInt8}(undef, block + 1, TOGETHER)
+    found = Matrix{UInt8}(undef, block + 1, CHUNK_HEIGHT)
     k = 0
     for start in 1:block:inputs
         stop = min(start + block - 1, inputs)
@@ -65,7 +65,7 @@ function packed(kept, strides, bias, relu)
         # In the first block outputs get their bias, in the last their activation.
         order = filter(i -> numbers[i] > 0 || start == 1 || stop == inputs, sortperm(numbers))
         chunks = chunked(order, numbers)
-        push!(singles, length(rows) + 1 + TOGETHER * count(chunk -> length(chunk) == TOGETHER, chunks))
+        push!(singles, length(rows) + 1 + CHUNK_HEIGHT * count(chunk -> length(chunk) == CHUNK_HEIGHT, chunks))
         for chunk in chunks
             append!(rows, chunk .- 1)
             append!(counts, @view numbers[chunk])
@@ -84,14 +84,14 @@ function packed(kept, strides, bias, relu)
     return kernel, places
 end
 
-"Outputs in the order of their `numbers` of weights: first TOGETHER at a time where these are the same, then the others one by one."
+"Outputs in the order of their `numbers` of weights: first in chunks where these are the same, then the others one by one."
 function chunked(order, numbers)
     chunks, others, i = Vector{Int}[], Vector{Int}[], 1
     while i <= length(order)
-        last = i + TOGETHER - 1
+        last = i + CHUNK_HEIGHT - 1
         together = last <= length(order) && numbers[order[last]] == numbers[order[i]]
         push!(together ? chunks : others, order[i:(together ? last : i)])
-        i += together ? TOGETHER : 1
+        i += together ? CHUNK_HEIGHT : 1
     end
     return append!(chunks, others)
 end
@@ -149,13 +149,13 @@ struct NextWeights
 end
 after(at::NextWeights, n) = NextWeights(at.columns + n, at.values + n * sizeof(Float32))
 
-"Call `f` for the outputs of a block, TOGETHER or one at a time: with where their weights begin, their number, and the outputs."
+"Call `f` for the outputs of a block, a chunk or one at a time: with where their weights begin, their number, and the outputs."
 @inline function over_block(f, at, kernel, b, arguments...)
     rows, counts = pointer(kernel.rows), pointer(kernel.counts)
     r, single, stop = kernel.blocks[b], kernel.singles[b], kernel.blocks[b + 1]
     while r < single
-        at = f(at, unsafe_load(counts, r) % Int, rows_from(rows, r, Val(TOGETHER)), arguments...)
-        r += TOGETHER
+        at = f(at, unsafe_load(counts, r) % Int, rows_from(rows, r, Val(CHUNK_HEIGHT)), arguments...)
+        r += CHUNK_HEIGHT
     end
     while r < stop
         at = f(at, unsafe_load(counts, r) % Int, rows_from(rows, r, Val(1)), arguments...)
