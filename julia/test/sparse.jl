@@ -26,8 +26,10 @@ module With end
 module Without end
 for (place, answer) in ((With, "true"), (Without, "false"))
     Core.eval(place, :(using PrunableFlux: CPUID, Vec, mul!, shufflevector, vload, vstore))
-    source = read(joinpath(pkgdir(PrunableFlux), "src", "sparse", "kernels.jl"), String)
-    Base.include_string(place, replace(source, r"CPUID.test_cpu_feature\(\S+\)" => answer))
+    for file in ("kernels.jl", "windows.jl")
+        source = read(joinpath(pkgdir(PrunableFlux), "src", "sparse", file), String)
+        Base.include_string(place, replace(source, r"CPUID.test_cpu_feature\(\S+\)" => answer))
+    end
 end
 end
 
@@ -48,12 +50,35 @@ end
     end
 end
 
+@testset "kernels of windows, chunks of $(kernels.CHUNK_HEIGHT)" for kernels in (OtherProcessors.With, OtherProcessors.Without)
+    rng = Xoshiro(1)
+    for (places, size, stride) in (((9, 4), (3, 2), (1, 1)), ((5, 5), (1, 1), (1, 2)), ((31, 3), (5, 3), (3, 1)), ((12,), (2,), (1,))),
+        channels in (1, 20), outputs in (1, 9), density in (0.05, 0.5, 1)
+
+        plane, taps = prod(places) + 2, prod(size) * channels
+        windows = kernels.Windows((places..., channels), size, stride, map(one, size), plane)
+        mask = rand(rng, outputs, taps) .< density
+        W, bias = randn(rng, Float32, outputs, taps) .* mask, randn(rng, Float32, outputs)
+        for V in 1:4
+            images = randn(rng, Float32, places..., channels, 16V)
+            expected = relu.(NNlib.conv(images, reshape(permutedims(W), size..., channels, outputs); stride, flipped = true) .+
+                             reshape(bias, map(one, size)..., :))
+            x = fill(NaN32, 16V, plane, channels) # nothing between channels counts
+            x[:, 1:prod(places), :] = permutedims(reshape(images, :, channels, 16V), (3, 1, 2))
+            for kernel in (kernels.SparseWindows(windows, W, mask, bias, true), kernels.DenseKernel(windows, W, bias, true))
+                y = kernels.multiply!(zeros(Float32, 16V, kernels.outputs(kernel)), reshape(x, 16V, :), kernel, Val(V))
+                @test relative(permutedims(y), reshape(expected, :, 16V)) < 1e-5
+            end
+        end
+    end
+end
+
 @testset "sparsify" begin
     rng = Xoshiro(1)
     model = prune!(mlp(rng, 40, 30, 20, 5), Magnitude(); sparsity = 0.8)
     x = randn(rng, Float32, 40, 300)
     fast = sparsify(model; kernels = [:dense, :sparse, :auto])
-    @test fast.layers[1].panels isa DenseKernel && fast.layers[2].panels isa SparseKernel
+    @test fast.panels[1].kernel isa DenseKernel && fast.panels[2].kernel isa SparseKernel
     @test repr(fast) == "SparseNetwork(40 => 30 => 20 => 5; density=0.2)"
     y = fast(x)
     @test y ≈ model(x) && y ≈ fast(Float64.(x)) && y ≈ fast(view(x, :, 1:300)) && y ≈ fast(reshape(x, 8, 5, 300))

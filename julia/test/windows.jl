@@ -48,7 +48,7 @@ end
 @testset "sparsify convolutions" begin
     model = prune!(prunable(Chain(Conv((3, 3), 1 => 4, relu), Flux.flatten, Dense(16 => 3))), Magnitude(); sparsity = 0.5)
     fast = sparsify(model; kernels = [:sparse, :dense], input_size = (4, 4, 1))
-    @test fast.layers[1].panels isa SparseWindows && fast.layers[2].panels isa DenseKernel
+    @test fast.panels[1].kernel isa SparseWindows && fast.panels[2].kernel isa DenseKernel
     @test repr(fast) == "SparseNetwork(4×4×1 => 2×2×4 => 3; density=0.5)"
     @test_throws "input_size must be given" sparsify(model)
     @test_throws DimensionMismatch sparsify(model; input_size = (4, 4, 2))

@@ -1,5 +1,5 @@
 features(net::SparseNetwork) = prod(first(net.sizes))
-outputs(net::SparseNetwork) = outputs(last(net.layers).panels)
+outputs(net::SparseNetwork) = outputs(last(net.panels).kernel)
 
 (net::SparseNetwork)(x::AbstractVector) = vec(net(reshape(x, :, 1)))
 function (net::SparseNetwork)(x::AbstractMatrix)
@@ -42,12 +42,12 @@ end
 function infer_panel!(y, net, x, samples, one, other, width)
     n, m = features(net), outputs(net)
     given = GC.@preserve x one Rows(pointer(x, (first(samples) - 1) * n + 1), n, length(samples), pointer(one), true)
-    GC.@preserve x one for (i, layer) in enumerate(net.layers)
-        input = i > 1 || !(layer.panels isa SparseKernel) ? one : given
+    GC.@preserve x one for (i, layer) in enumerate(net.panels)
+        input = i > 1 || !(layer.kernel isa SparseKernel) ? one : given
         i == 1 && input === one &&
             (given.finite = transpose_into!(pointer(one), width, given.from, n, n, length(samples)))
-        multiply_panel!(other, input, layer.panels, width)
-        isnothing(layer.σ) || activate!(layer.σ, other, width * outputs(layer.panels))
+        multiply_panel!(other, input, layer.kernel, width)
+        isnothing(layer.σ) || activate!(layer.σ, other, width * outputs(layer.kernel))
         one, other = other, one
     end
     GC.@preserve y one transpose_into!(pointer(y, (first(samples) - 1) * m + 1), m, pointer(one), width, length(samples), m)
@@ -62,9 +62,9 @@ function infer_one!(y, net, x, i, one, other)
     n, m = features(net), outputs(net)
     copyto!(one, 1, x, (i - 1) * n + 1, n)
     finite = iszero(sum(value -> 0 * value, view(one, 1:n)))
-    for layer in net.layers
-        multiply!(other, one, layer.single)
-        isnothing(layer.σ) || activate!(layer.σ, other, outputs(layer.single))
+    for layer in net.single
+        multiply!(other, one, layer.kernel)
+        isnothing(layer.σ) || activate!(layer.σ, other, outputs(layer.kernel))
         one, other = other, one
     end
     copyto!(y, (i - 1) * m + 1, one, 1, m)

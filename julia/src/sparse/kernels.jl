@@ -10,6 +10,8 @@ Inputs, at most, whose values of a panel stay in the fastest cache while the wei
 weights, when sums are read and written again for few products, longer blocks are faster.
 """
 block_size(density) = density > 0.15 ? 160 : 208
+"The vectors of inputs, at most, that stay in the fastest cache when windows next to each other are computed."
+const BLOCK_VECTORS = 500
 
 "Outputs that a dense layer computes at once, as many as registers hold: 24 vectors of AVX-512's 32."
 const GROUP = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 6 : 1
@@ -21,12 +23,13 @@ const CHUNK_HEIGHT = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 4 : 1
     SparseKernel(W, mask, bias, relu)
 
 The kept weights of a layer for panels, block of inputs by block, so that the work is proportional to their number. Within a
-block, outputs with as many weights as each other come in chunks of CHUNK_HEIGHT: the first weight of each, the second of each,
-and so on (SELL-C-σ without padding; Kreutzer et al., 2014, "A unified sparse matrix data format for efficient general sparse
-matrix-vector multiplication on modern processors with wide SIMD units"). The others come after them, one by one. Both are in
-the order of their number of weights: loops of one length after another are predicted well. `relu` is fused.
+block, outputs are in the order of their number of weights, and in chunks of CHUNK_HEIGHT: the first weight of each, the second of
+each, and so on (SELL-C-σ; Kreutzer et al., 2014, "A unified sparse matrix data format for efficient general sparse matrix-vector
+multiplication on modern processors with wide SIMD units"), and then, instead of padding, those that some have more than the
+first of the chunk. Outputs too few for a chunk come one by one. Loops of one length after another are predicted well. `relu` is
+fused.
 """
-struct SparseKernel
+struct SparseKernel{C<:Integer}
     inputs::Int
     outputs::Int
     relu::Bool
@@ -36,7 +39,7 @@ struct SparseKernel
     singles::Vector{Int} # where in `rows` those one by one begin
     rows::Vector{Int32} # outputs, from 0
     counts::Vector{Int32} # of their weights in the block
-    columns::Vector{UInt8} # inputs in the block, from 0
+    columns::Vector{C} # inputs in the block, from 0, or how far they are from where windows begin
     values::Vector{Float32}
 end
 
@@ -49,12 +52,12 @@ end
 """
 A kernel with weights yet to be filled in, and where in the weight's memory each has its place. `kept`, of size (inputs,
 outputs), is `true` where weights are, and `strides` are the distances in that memory from one input, and from one output,
-to the next.
+to the next. Blocks have at most `most` inputs.
 """
-function packed(kept, strides, bias, relu)
+function packed(kept, strides, bias, relu, most = block_size(count(kept) / length(kept)))
     inputs, outputs = size(kept)
     n = count(kept)
-    block = cld(inputs, cld(inputs, block_size(n / length(kept))))
+    block = cld(inputs, cld(inputs, most))
     blocks, singles, rows, counts = Int[1], Int[], Int32[], Int32[]
     columns, places = Vector{UInt8}(undef, n), Vector{Int32}(undef, n)
     found = Matrix{UInt8}(undef, block + 1, CHUNK_HEIGHT)
@@ -64,19 +67,18 @@ function packed(kept, strides, bias, relu)
         numbers = [count(view(kept, start:stop, i)) for i in 1:outputs]
         # In the first block outputs get their bias, in the last their activation.
         order = filter(i -> numbers[i] > 0 || start == 1 || stop == inputs, sortperm(numbers))
-        chunks = chunked(order, numbers)
-        push!(singles, length(rows) + 1 + CHUNK_HEIGHT * count(chunk -> length(chunk) == CHUNK_HEIGHT, chunks))
+        whole = length(order) - length(order) % CHUNK_HEIGHT
+        push!(singles, length(rows) + 1 + whole)
+        append!(rows, order .- 1)
+        append!(counts, @view numbers[order])
+        chunks = [[order[i:(i + CHUNK_HEIGHT - 1)] for i in 1:CHUNK_HEIGHT:whole]; [[i] for i in order[(whole + 1):end]]]
         for chunk in chunks
-            append!(rows, chunk .- 1)
-            append!(counts, @view numbers[chunk])
             for (c, i) in enumerate(chunk)
                 find!(view(found, :, c), view(kept, start:stop, i))
             end
-            for m in 1:numbers[first(chunk)], (c, i) in enumerate(chunk)
-                k += 1
-                columns[k] = found[m, c]
-                places[k] = (start - 1 + found[m, c]) * strides[1] + (i - 1) * strides[2] + 1
-            end
+            put(k, m, c) = (columns[k] = found[m, c];
+                            places[k] = (start - 1 + found[m, c]) * strides[1] + (chunk[c] - 1) * strides[2] + 1)
+            k = in_turn(put, k, view(numbers, chunk))
         end
         push!(blocks, length(rows) + 1)
     end
@@ -84,16 +86,15 @@ function packed(kept, strides, bias, relu)
     return kernel, places
 end
 
-"Outputs in the order of their `numbers` of weights: first in chunks where these are the same, then the others one by one."
-function chunked(order, numbers)
-    chunks, others, i = Vector{Int}[], Vector{Int}[], 1
-    while i <= length(order)
-        last = i + CHUNK_HEIGHT - 1
-        together = last <= length(order) && numbers[order[last]] == numbers[order[i]]
-        push!(together ? chunks : others, order[i:(together ? last : i)])
-        i += together ? CHUNK_HEIGHT : 1
+"Call `put` for the weights of a chunk, the next after `k` others: with number, place among those of its output, and output."
+function in_turn(put, k, numbers)
+    for m in 1:first(numbers), c in eachindex(numbers)
+        put(k += 1, m, c)
     end
-    return append!(chunks, others)
+    for c in eachindex(numbers), m in (first(numbers) + 1):numbers[c]
+        put(k += 1, m, c)
+    end
+    return k
 end
 
 "Write to `found` the places, from 0, of what is kept."
@@ -136,61 +137,89 @@ function multiply!(y::Matrix{Float32}, x::Union{Matrix{Float32},Rows}, kernel::S
         for b in 1:n
             input = block(x, (b - 1) * kernel.block, kernel.block, width)
             bias = b == 1 ? pointer(kernel.bias) : C_NULL
-            at = over_block(multiply_rows!, at, kernel, b, pointer(y), input, bias, kernel.relu && b == n, width)
+            at = over_block(multiply_rows!, at, kernel, b, pointer(y), bytes(width), input, bytes(width), bias,
+                            kernel.relu && b == n, width)
         end
     end
     return y
 end
 
 "Where a kernel's next weights are."
-struct NextWeights
-    columns::Ptr{UInt8}
+struct NextWeights{C}
+    columns::Ptr{C}
     values::Ptr{Float32}
 end
-after(at::NextWeights, n) = NextWeights(at.columns + n, at.values + n * sizeof(Float32))
+after(at::NextWeights{C}, n) where {C} = NextWeights(at.columns + n * sizeof(C), at.values + n * sizeof(Float32))
 
-"Call `f` for the outputs of a block, a chunk or one at a time: with where their weights begin, their number, and the outputs."
+"Call `f` for the outputs of a block, a chunk or one at a time: with where their weights begin, their numbers, and the outputs."
 @inline function over_block(f, at, kernel, b, arguments...)
     rows, counts = pointer(kernel.rows), pointer(kernel.counts)
     r, single, stop = kernel.blocks[b], kernel.singles[b], kernel.blocks[b + 1]
     while r < single
-        at = f(at, unsafe_load(counts, r) % Int, rows_from(rows, r, Val(CHUNK_HEIGHT)), arguments...)
+        at = f(at, integers(counts, r, Val(CHUNK_HEIGHT)), integers(rows, r, Val(CHUNK_HEIGHT)), arguments...)
         r += CHUNK_HEIGHT
     end
     while r < stop
-        at = f(at, unsafe_load(counts, r) % Int, rows_from(rows, r, Val(1)), arguments...)
+        at = f(at, integers(counts, r, Val(1)), integers(rows, r, Val(1)), arguments...)
         r += 1
     end
     return at
 end
 
-@inline rows_from(rows, r, chunk) = ntuple(c -> unsafe_load(rows, r + c - 1) % Int, chunk)
+@inline integers(p, i, n) = ntuple(c -> unsafe_load(p, i + c - 1) % Int, n)
 
-@inline function multiply_rows!(at, count, rows, y, x, bias, relu, width)
-    sums = bias == C_NULL ? map(i -> (@inline; load(y + i * bytes(width), width)), rows) :
+"""
+Call `f`, for each output of a chunk, with its part of `values`, where the weights that it has more than the first begin, and their
+number. Returns what `f` does, and where the next weights are.
+"""
+@inline function over_others(f, values, at, counts)
+    others = map(n -> n - first(counts), counts)
+    starts = map((stop, n) -> after(at, stop - n), cumsum(others), others)
+    return map(f, values, starts, others), after(at, sum(others))
+end
+
+@inline function multiply_rows!(at, counts, rows, y, between_outputs, x, between_inputs, bias, relu, width)
+    sums = bias == C_NULL ? map(i -> (@inline; load(y + i * between_outputs, width)), rows) :
            map(i -> (@inline; ntuple(Returns(Lane(unsafe_load(bias, i + 1))), width)), rows)
-    for _ in 1:count
-        weights, inputs = next(at, Val(length(rows)), x, width)
+    for _ in 1:first(counts)
+        weights, inputs = next(at, Val(length(rows)), x, between_inputs)
         sums, at = map(add_product, sums, weights, inputs), after(at, length(rows))
     end
+    if last(counts) > first(counts)
+        sums, at = over_others((row, start, n) -> (@inline; add_products(row, start, n, x, between_inputs)), sums, at, counts)
+    end
     relu && (sums = map(row -> (@inline; map(s -> max(s, zero(s)), row)), sums))
-    map((i, row) -> (@inline; store!(y + i * bytes(width), row, width)), rows, sums)
+    map((i, row) -> (@inline; store!(y + i * between_outputs, row, width)), rows, sums)
     return at
+end
+
+@inline function add_products(sums, at, n, x, between)
+    for _ in 1:n
+        (weight,), (input,) = next(at, Val(1), x, between)
+        sums, at = add_product(sums, weight, input), after(at, 1)
+    end
+    return sums
 end
 
 bytes(::Val{V}) where {V} = V * sizeof(Lane)
 
 "The next weights, and where their inputs are."
-@inline next(at, n, x, width) =
-    load_weights(at.values, n), map(column -> x + column * bytes(width), load_columns(at.columns, n))
+@inline next(at::NextWeights{C}, n, x, between) where {C} =
+    load_weights(C, at.values, n), map(column -> x + column * between, load_columns(at.columns, n))
 
-@inline load_weights(p, ::Val{1}) = (Lane(unsafe_load(p)),)
+@inline load_weights(_, p, ::Val{1}) = (Lane(unsafe_load(p)),)
 @inline load_columns(p, ::Val{1}) = (unsafe_load(p) % Int,)
 # In few loads: loads, of which a product needs as many as it has vectors, are what limits the kernel.
-@inline load_weights(p, ::Val{4}) = (load_pair(p)..., load_pair(p + 2sizeof(Float32))...)
+@inline load_weights(::Type{UInt8}, p, ::Val{4}) = (load_pair(p)..., load_pair(p + 2sizeof(Float32))...)
 @inline load_pair(p) = (pair = vload(Vec{2,Float32}, p); (splat(pair, Val(0)), splat(pair, Val(1))))
-@inline load_columns(p, ::Val{4}) =
+@inline load_columns(p::Ptr{UInt8}, ::Val{4}) =
     (all = ltoh(unsafe_load(Ptr{UInt32}(p))) % Int; (all & 0xff, all >> 8 & 0xff, all >> 16 & 0xff, all >> 24))
+
+@inline load_columns(p::Ptr{Int32}, ::Val{4}) = (load_columns(p)..., load_columns(p + 2sizeof(Int32))...)
+@inline load_columns(p::Ptr{Int32}) = (both = ltoh(unsafe_load(Ptr{UInt64}(p))); (both % Int & 0xffffffff, (both >> 32) % Int))
+
+# The sums of places next to each other leave no register for pairs.
+@inline load_weights(::Type{Int32}, p, ::Val{4}) = ntuple(c -> Lane(unsafe_load(p, c)), Val(4))
 
 @inline splat(vector, ::Val{i}) where {i} = shufflevector(vector, Val(ntuple(Returns(i), Val(LANES))))
 @inline add_product(sums::NTuple{N}, w, x) where {N} =
@@ -211,17 +240,20 @@ function add_slopes!(slopes, dy::Matrix{Float32}, x::Matrix{Float32}, kernel::Sp
     return slopes
 end
 
-@inline function add_slopes_of_rows!(at, count, rows, dy, x, width)
+@inline function add_slopes_of_rows!(at, counts, rows, dy, x, width)
     deltas = map(i -> (@inline; load(dy + i * bytes(width), width)), rows)
-    for _ in 1:count
+    length(rows) == 1 && return add_slopes_of_row!(at, only(counts), only(deltas), x, width)
+    for _ in 1:first(counts)
         at = add_next_slopes!(at, deltas, x, width)
+    end
+    if last(counts) > first(counts)
+        _, at = over_others((delta, start, n) -> (@inline; add_slopes_of_row!(start, n, delta, x, width)), deltas, at, counts)
     end
     return at
 end
 
-# Of one output four at a time, as sums over vectors take long.
-@inline function add_slopes_of_rows!(at, count, (i,)::Tuple{Int}, dy, x, width)
-    delta = load(dy + i * bytes(width), width)
+# Four at a time, as sums over vectors take long.
+@inline function add_slopes_of_row!(at, count, delta, x, width)
     for _ in 1:(count >> 2)
         at = add_next_slopes!(at, (delta, delta, delta, delta), x, width)
     end
@@ -232,7 +264,7 @@ end
 end
 
 @inline function add_next_slopes!(at, deltas, x, width)
-    _, inputs = next(at, Val(length(deltas)), x, width)
+    _, inputs = next(at, Val(length(deltas)), x, bytes(width))
     add_sums!(at.values, map(product, deltas, inputs))
     return after(at, length(deltas))
 end

@@ -122,39 +122,50 @@ are corners. What is computed for nothing, at the ends of rows, is little unless
 outputs in `y`, see [`buffer_length`](@ref).
 """
 function multiply_places!(y, x, kernel::Union{DenseKernel,SparseWindows})
-    (; rows, step) = kernel.windows
-    n, behind = row_length(kernel.windows), outputs(kernel)
-    places = last(rows) + (n - 1) * step + 1
-    plane, out = cld(places, LANES) * LANES, 0
-    GC.@preserve x y kernel for g in 1:groups(kernel)
-        multiply_row!(pointer(y, behind + 1), plane * sizeof(Float32), pointer(x), plane ÷ LANES, kernel, g, Val(sizeof(Float32)),
-                      Val(1), Val(vectors(kernel)))
-        for i in 1:outputs_of_group(kernel, g), corner in rows
-            at = behind + (i - 1) * plane + corner + 1
-            @inbounds for place in 0:(n - 1)
-                y[out += 1] = y[at + place * step]
-            end
+    (; rows) = kernel.windows
+    n, behind, plane, out = row_length(kernel.windows), outputs(kernel), corners(kernel.windows), 0
+    GC.@preserve x y kernel multiply_row!(pointer(y, behind + 1), plane * sizeof(Float32), pointer(x), sizeof(Float32),
+                                          plane ÷ LANES, 1, kernel, Val(1))
+    @inbounds for output in eachindex(bias(kernel)), corner in rows
+        at = behind + (output - 1) * plane + corner + 1
+        for place in 0:(n - 1)
+            y[out += 1] = y[at + place * row_step(kernel.windows)]
         end
     end
     return y
 end
 
-"How long vectors must be for a layer with so many features, inputs or outputs."
-buffer_length(features) = 2 * features + GROUP * (features + LANES) + MAX_VECTORS * SPAN
+"Places from the first corner of windows to the last, rounded up to whole vectors."
+corners(windows) = cld(last(windows.rows) + (row_length(windows) - 1) * row_step(windows) + 1, LANES) * LANES
 
+"How long vectors of inputs and of outputs must be."
+buffer_length(kernel) = max(inputs(kernel), outputs(kernel) + behind_outputs(kernel)) + SPAN
+behind_outputs(kernel) = 0
+behind_outputs(kernel::Union{DenseKernel,SparseWindows}) = corners(kernel.windows) * length(bias(kernel))
+
+# The last places of a row, and what is behind them, are written as whole vectors, and those of the next row over them.
 function multiply!(y::Vector{Float32}, x::Vector{Float32}, (; windows, mean)::Pooling)
-    (; rows, step, taps) = windows
-    n, distance, out = row_length(windows), plane(windows), 0
-    @inbounds for channel in 0:(channels(windows) - 1), corner in rows, i in 0:(n - 1)
-        at = channel * distance + corner + i * step + 1
-        value = x[at]
-        for t in 2:length(taps)
-            other = x[at + taps[t]]
-            value = mean ? value + other : max(value, other)
+    (; rows, taps, plane) = windows
+    n, to = row_length(windows), pointer(y)
+    GC.@preserve x y for channel in 0:(channels(windows) - 1), corner in rows
+        from = pointer(x, channel * plane + corner + 1)
+        for i in 0:LANES:(n - 1)
+            values = over_taps(taps, mean) do tap
+                @inline
+                (every(row_step(windows), from + (i * row_step(windows) + tap) * sizeof(Float32), n - i),)
+            end
+            store!(to + i * sizeof(Float32), values, Val(1))
         end
-        y[out += 1] = mean ? value / Float32(length(taps)) : value
+        to += n * sizeof(Float32)
     end
     return y
+end
+
+"Every `step`-th of the values at `p`, of which there are `n`."
+@inline function every(step, p, n)
+    step == 1 && return vload(Lane, p)
+    step == 2 && return shufflevector(vload(Lane, p), vload(Lane, p + sizeof(Lane)), Val(ntuple(i -> 2i - 2, Val(LANES))))
+    return Lane(ntuple(i -> unsafe_load(p, 1 + step * min(i - 1, n - 1)), Val(LANES)))
 end
 
 multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::Union{Padding,Scaling}) = apply!(y, x, kernel, 1)

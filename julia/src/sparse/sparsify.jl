@@ -1,10 +1,16 @@
-"A part of a network as it is computed in panels and for single samples; `σ` is `nothing` where kernels apply the activation."
+"A kernel, and the activation where it does not apply that itself."
 struct FastLayer
-    panels::Any
-    single::Any
+    kernel::Any
     σ::Any
 end
-FastLayer(kernel, σ = nothing) = FastLayer(kernel, kernel, σ)
+
+"The kernels that a part of a network may be computed with, in panels and for single samples."
+struct Candidates
+    panels::Tuple
+    single::Tuple
+    σ::Any
+end
+Candidates(kernel, σ = nothing) = Candidates((kernel,), (kernel,), σ)
 
 """
     SparseNetwork
@@ -13,7 +19,8 @@ What [`sparsify`](@ref) returns: a function of inputs `(features..., n)` or, of 
 `(features,)`, for inference only. Several tasks may call it at once.
 """
 mutable struct SparseNetwork
-    const layers::Vector{FastLayer}
+    const panels::Vector{FastLayer}
+    const single::Vector{FastLayer}
     const sizes::Vector{Dims} # of the inputs, and of the outputs of each layer with weights
     const density::Float64
     const vectors::Int # in the widest panel
@@ -57,19 +64,22 @@ function sparsify(model; kernels = :auto, input_size = nothing)
     length(choices) == length(layers) && all(in((:auto, :sparse, :dense)), choices) || throw(ArgumentError(
         "kernels must be :auto, :sparse or :dense, or one of these per layer ($(length(layers))), not $kernels"))
     dims = input_dims(parts, input_size)
-    fast, sizes = FastLayer[], Dims[dims]
+    possible, sizes = Candidates[], Dims[dims]
     for part in parts
-        made, dims = fast_layers(part, dims, part isa Prunable ? popfirst!(choices) : :auto)
-        append!(fast, made)
+        made, dims = candidates(part, dims, part isa Prunable ? popfirst!(choices) : :auto)
+        append!(possible, made)
         part isa Prunable && push!(sizes, dims)
     end
-    largest = maximum(layer -> max(inputs(layer.panels), outputs(layer.panels)), fast)
+    kernels_of_panels = foldl(with_pooling, possible; init = Tuple[])
+    largest = maximum(((kernels, _),) -> max(inputs(first(kernels)), room(first(kernels))), kernels_of_panels)
     fitting = any(part -> part isa PrunableConv, parts) ? PANEL_BYTES ÷ (largest * sizeof(Lane)) : MAX_VECTORS
     vectors, buffers = clamp(fitting, 1, MAX_VECTORS), 2 * Threads.nthreads()
-    columns = max(largest, cld(buffer_length(largest), vectors * LANES))
+    panels = [FastLayer(fastest_panel(kernels, vectors), σ) for (kernels, σ) in kernels_of_panels]
+    single = [FastLayer(fastest_single(part.single, part.panels[1]), part.σ) for part in possible]
+    columns = max(largest, cld(maximum(part -> buffer_length(part.panels[1]), possible), vectors * LANES))
     scratch = Channel{NTuple{2,Matrix{Float32}}}(buffers)
     foreach(_ -> put!(scratch, Tuple(zeros(Float32, vectors * LANES, columns) for _ in 1:2)), 1:buffers)
-    network(few) = SparseNetwork(fast, sizes, density(model), vectors, few, scratch)
+    network(few) = SparseNetwork(panels, single, sizes, density(model), vectors, few, scratch)
     return network(few_samples(network(0), network(1)))
 end
 
@@ -107,48 +117,45 @@ function input_dims(parts, given)
     return (size(first_layer.mask, 2),)
 end
 
-"What computes a part for samples of size `dims`, and the size of what comes out."
-fast_layers(part, dims, choice) = FastLayer[], dims # of `Dropout` and `identity`
-fast_layers(::typeof(Flux.flatten), dims, choice) = FastLayer[], (prod(dims),)
+"What may compute a part for samples of size `dims`, and the size of what comes out."
+candidates(part, dims, choice) = Candidates[], dims # of `Dropout` and `identity`
+candidates(::typeof(Flux.flatten), dims, choice) = Candidates[], (prod(dims),)
 
-function fast_layers(layer::PrunableDense, dims, choice)
+function candidates(layer::PrunableDense, dims, choice)
     check_channels(layer, dims, 1, size(layer.mask, 2))
     W, mask, b, relu, σ = for_kernels(layer)
     dense = DenseKernel(Windows(size(W, 2)), W, b, relu)
     rows = SparseRows(W, mask, b, relu)
     of_one = PERMUTES ? (rows, PermutedRows(W, mask, b, relu)) : (rows,)
-    panels = fastest(choice, (SparseKernel(W, mask, b, relu),), dense, panel(dense)...)
-    single = fastest(choice, of_one, dense, sample(dense)...)
-    return [FastLayer(panels, single, σ)], (length(b),)
+    panels, single = among(choice, (SparseKernel(W, mask, b, relu),), dense), among(choice, of_one, dense)
+    return [Candidates(panels, single, σ)], (length(b),)
 end
 
-function fast_layers(layer::PrunableConv, dims, choice)
+function candidates(layer::PrunableConv, dims, choice)
     (; stride, pad, dilation) = layer.conv
     kernel = Base.front(Base.front(size(layer.mask)))
     check_channels(layer, dims, length(kernel) + 1, size(layer.mask, length(kernel) + 1))
-    borders, padded = with_borders(dims, pad, 0)
-    windows = Windows(padded, kernel, stride, dilation)
+    borders, padded, plane = with_borders(dims, pad, 0)
+    windows = Windows(padded, kernel, stride, dilation, plane)
     W, mask, b, relu, σ = for_kernels(layer)
-    dense = DenseKernel(windows, W, b, relu)
-    sparse = SparseWindows(windows, W, mask, b, relu)
-    panels, single = fastest(choice, (sparse,), dense, panel(dense)...), fastest(choice, (sparse,), dense, sample(dense)...)
-    return [borders; FastLayer(panels, single, σ)], (windows.output..., length(b))
+    kernels = among(choice, (SparseWindows(windows, W, mask, b, relu),), DenseKernel(windows, W, b, relu))
+    return [borders; Candidates(kernels, kernels, σ)], (windows.output..., length(b))
 end
 
-function fast_layers(norm::BatchNorm, dims, choice)
+function candidates(norm::BatchNorm, dims, choice)
     norm.track_stats || throw(ArgumentError("BatchNorm must track its statistics to be sparsified"))
     check_channels(norm, dims, length(dims), norm.chs)
     scale, shift = map(Array{Float32}, scale_and_shift(norm))
-    return [FastLayer(Scaling(prod(dims), scale, shift), norm.λ === identity ? nothing : NNlib.fast_act(norm.λ, scale))], dims
+    return [Candidates(Scaling(prod(dims), scale, shift), norm.λ === identity ? nothing : NNlib.fast_act(norm.λ, scale))], dims
 end
 
-function fast_layers(pool::Union{Flux.MaxPool,Flux.MeanPool}, dims, choice)
+function candidates(pool::Union{Flux.MaxPool,Flux.MeanPool}, dims, choice)
     (; k, pad, stride) = pool
     return pooled(dims, k, pad, stride, pool isa Flux.MeanPool)
 end
-fast_layers(pool::Union{Flux.GlobalMaxPool,Flux.GlobalMeanPool}, dims, choice) =
+candidates(pool::Union{Flux.GlobalMaxPool,Flux.GlobalMeanPool}, dims, choice) =
     pooled(dims, Base.front(dims), map(zero, Base.front(dims)), map(one, Base.front(dims)), pool isa Flux.GlobalMeanPool)
-function fast_layers(pool::Union{Flux.AdaptiveMaxPool,Flux.AdaptiveMeanPool}, dims, choice)
+function candidates(pool::Union{Flux.AdaptiveMaxPool,Flux.AdaptiveMeanPool}, dims, choice)
     places = Base.front(dims)
     stride = places .÷ pool.out
     k = places .- (pool.out .- 1) .* stride
@@ -156,18 +163,19 @@ function fast_layers(pool::Union{Flux.AdaptiveMaxPool,Flux.AdaptiveMeanPool}, di
 end
 
 function pooled(dims, k, pad, stride, mean)
-    borders, padded = with_borders(dims, pad, mean ? 0 : -Inf)
-    windows = Windows(padded, k, stride, map(one, k))
-    return [borders; FastLayer(Pooling(windows, mean))], (windows.output..., last(dims))
+    borders, padded, plane = with_borders(dims, pad, mean ? 0 : -Inf)
+    windows = Windows(padded, k, stride, map(one, k), plane)
+    return [borders; Candidates(Pooling(windows, mean))], (windows.output..., last(dims))
 end
 
-"A padding, if there is anything to pad, and the size of what comes out."
+"A padding, if there is anything to pad, the size of what comes out, and how far apart its channels are."
 function with_borders(dims, pad, value)
     n = length(dims) - 1
     before, behind = length(pad) == n ? (pad, pad) : (pad[1:2:end], pad[2:2:end])
-    all(iszero, pad) && return FastLayer[], dims
+    all(iszero, pad) && return Candidates[], dims, prod(Base.front(dims))
     padded = (Base.front(dims) .+ before .+ behind..., last(dims))
-    return [FastLayer(Padding(dims, padded, (before..., 0), value))], padded
+    plane = prod(Base.front(padded)) | 1 # odd, so that channels do not compete for the same places of the cache
+    return [Candidates(Padding(dims, padded, plane, before, value))], padded, plane
 end
 
 check_channels(part, dims, n, channels) = length(dims) == n && last(dims) == channels || throw(DimensionMismatch(
@@ -185,20 +193,35 @@ end
 taps_matrix(::PrunableDense, A) = Array(A)
 taps_matrix(layer::PrunableConv, A) = as_matrix(layer, flipped(Array(A)))
 
-"What multiplies fastest, among the `sparse` kernels, the dense one, or all; by its best time in turn with the others."
-function fastest(choice, sparse, dense, y, x, width...)
-    kernels = choice === :dense ? (dense,) : choice === :sparse ? sparse : (sparse..., dense)
-    length(kernels) == 1 && return only(kernels)
-    times = [@elapsed(multiply!(y, x, kernel, width...)) for kernel in kernels, _ in 1:16]
-    return kernels[argmin(vec(minimum(times; dims = 2)))]
+"The `sparse` kernels, the dense one, or all."
+among(choice, sparse, dense) = choice === :dense ? (dense,) : choice === :sparse ? sparse : (sparse..., dense)
+
+"Of parts, the kernels for panels and activations, and of one more, which, if it is pooling, the convolution before it does too."
+function with_pooling(parts, part)
+    (pool,), (kernels, σ) = part.panels, isempty(parts) ? ((nothing,), nothing) : last(parts)
+    fits = pool isa Pooling && isnothing(σ) && all(kernel -> kernel isa Union{DenseKernel,SparseWindows}, kernels)
+    fits && can_pool_rows(pool.windows) || return push!(parts, (part.panels, part.σ))
+    (; input, size, stride) = pool.windows
+    rows = Pooling(Windows((input[1], size[2], input[3]), size, stride, (1, 1), input[1] * size[2]), pool.mean)
+    parts[end] = map(kernel -> PooledWindows(kernel, rows, stride[2]), kernels), nothing
+    return parts
 end
 
-"Where the outputs of a kernel for the widest panel go, its inputs, and its width."
-panel(kernel) = (zeros(Float32, MAX_VECTORS * LANES, outputs(kernel)), rand(Float32, MAX_VECTORS * LANES, inputs(kernel)),
-                 Val(MAX_VECTORS))
+"Whether windows are over images that are not padded, and no row is under two of them."
+can_pool_rows((; input, plane, size, stride)) = length(input) == 3 && plane == input[1] * input[2] && stride[2] >= size[2]
 
-"The same for a single sample."
-sample(kernel) = zeros(Float32, buffer_length(outputs(kernel))), rand(Float32, buffer_length(inputs(kernel)))
+fastest_panel(kernels, vectors) =
+    fastest(kernels, multiply_panel!, zeros(Float32, vectors * LANES, room(first(kernels))),
+            rand(Float32, vectors * LANES, inputs(first(kernels))), vectors * LANES)
+fastest_single(kernels, of_panel) =
+    fastest(kernels, multiply!, zeros(Float32, buffer_length(of_panel)), rand(Float32, buffer_length(of_panel)))
+
+"The kernel that `multiply` takes the least time with, by its best time in turn with the others."
+function fastest(kernels::Tuple, multiply, y, x, width...)
+    length(kernels) == 1 && return only(kernels)
+    times = [@elapsed(multiply(y, x, kernel, width...)) for kernel in kernels, _ in 1:16]
+    return kernels[argmin(vec(minimum(times; dims = 2)))]
+end
 
 function Base.show(io::IO, net::SparseNetwork)
     print(io, "SparseNetwork(", join(map(dims -> join(dims, "×"), net.sizes), " => "))

@@ -3,36 +3,39 @@
 # are computed together, as many as registers hold.
 
 """
-    Windows(input, size, stride, dilation)
+    Windows(input, size, stride, dilation, plane)
 
-The places of windows of `size` in an input of size `(places..., channels)`, which is padded already.
+The places of windows of `size` in an input of size `(places..., channels)`, which is padded already and whose channels are
+`plane` features apart.
 """
 struct Windows
     input::Dims
+    plane::Int
+    size::Dims
+    stride::Dims
     output::Dims # without channels
     rows::Vector{Int} # the corner of the first window of each row, as its distance from the first feature
-    step::Int # from one corner to the next one of the row
     taps::Vector{Int} # distances from the corner, of one channel
 end
 
-function Windows(input, size, stride, dilation)
+function Windows(input, size, stride, dilation, plane)
     places = Base.front(input)
     output = @. (places - dilation * (size - 1) - 1) ÷ stride + 1
     all(>(0), output) || throw(DimensionMismatch("windows of size $size do not fit into $places places"))
     distances = cumprod((1, Base.front(places)...))
     at(place, steps) = sum((Tuple(place) .- 1) .* steps .* distances)
     rows = vec([at(place, stride) for place in CartesianIndices((1, Base.tail(output)...))])
-    return Windows(input, output, rows, first(stride), vec([at(place, dilation) for place in CartesianIndices(size)]))
+    return Windows(input, plane, size, stride, output, rows, vec([at(place, dilation) for place in CartesianIndices(size)]))
 end
 
 "Of a layer whose outputs depend on all inputs: one window, and each input a channel."
-Windows(inputs::Int) = Windows((1, inputs), (1,), (1,), (1,))
+Windows(inputs::Int) = Windows((1, inputs), (1,), (1,), (1,), 1)
 
 channels(windows)::Int = last(windows.input)
+row_step(windows)::Int = first(windows.stride) # from one corner to the next one of the row
 row_length(windows)::Int = first(windows.output)
-plane(windows)::Int = prod(Base.front(windows.input)) # the features of a channel
 "The distances of everything under a window from its corner, channel by channel."
-taps(windows) = vec([tap + channel * plane(windows) for tap in windows.taps, channel in 0:(channels(windows) - 1)])
+taps(windows) = vec([tap + channel * windows.plane for tap in windows.taps, channel in 0:(channels(windows) - 1)])
 
 """
 The weights of a layer, a matrix (outputs, taps), as they are multiplied with what is under its windows: all of them,
@@ -54,19 +57,26 @@ function DenseKernel(windows, W, bias, relu)
     return DenseKernel(windows, relu, bias, taps(windows), packed, W)
 end
 
-"The kept weights of a convolution, output by output."
+"""
+The kept weights of a convolution: a kernel whose inputs are what lies under a window, and its columns the distances of these from
+the corner.
+"""
 struct SparseWindows
     windows::Windows
-    relu::Bool
-    bias::Vector{Float32}
-    pointers::Vector{Int} # where the weights of each output begin, and the end
-    taps::Vector{Int32} # of each weight
-    weights::Vector{Float32}
+    kernel::SparseKernel{Int32}
 end
 
 function SparseWindows(windows, W, mask, bias, relu)
-    rows = SparseRows(W, mask, bias, relu)
-    return SparseWindows(windows, relu, bias, rows.pointers, taps(windows)[rows.indices], rows.weights)
+    (; inputs, outputs, block, blocks, singles, rows, counts), places =
+        packed(permutedims(mask), (size(W, 1), 1), bias, relu, taps_of_block(windows))
+    columns, values = Int32.(taps(windows))[cld.(places, outputs)], W[places]
+    return SparseWindows(windows, SparseKernel(inputs, outputs, relu, bias, block, blocks, singles, rows, counts, columns, values))
+end
+
+"How many taps have their inputs in the fastest cache while the weights of all outputs pass over those of neighbouring windows."
+function taps_of_block(windows)
+    columns = first(windows.size)
+    return clamp(BLOCK_VECTORS * columns ÷ ((vectors(SparseWindows) - 1) * row_step(windows) + columns), 1, 255)
 end
 
 "The largest or the mean value under each window, channel by channel."
@@ -75,18 +85,19 @@ struct Pooling
     mean::Bool
 end
 
-"Values around rows of an input of size `(places..., channels)`."
+"Values around rows of an input of size `(places..., channels)`, whose channels then are `plane` features apart."
 struct Padding
     input::Dims
-    output::Dims
+    outputs::Int
     rows::Vector{Int} # where each goes, as its distance from the first feature
     value::Float32
 end
 
-function Padding(input::Dims, output::Dims, before::Dims, value)
-    places = LinearIndices(output)
-    rows = vec([places[place + CartesianIndex(before)] - 1 for place in CartesianIndices((1, Base.tail(input)...))])
-    return Padding(input, output, rows, value)
+function Padding(input::Dims, output::Dims, plane, before::Dims, value)
+    places, channels = LinearIndices(Base.front(output)), last(output)
+    first_places = CartesianIndices((1, Base.tail(Base.front(input))...)) .+ CartesianIndex(before)
+    rows = vec([places[place] - 1 + (channel - 1) * plane for place in first_places, channel in 1:channels])
+    return Padding(input, plane * channels, rows, value)
 end
 
 "What batch normalisation does: values times `scale` plus `shift`, each for as many features as a channel has."
@@ -96,72 +107,84 @@ struct Scaling
     shift::Vector{Float32}
 end
 
-inputs(kernel)::Int = prod(kernel.windows.input)
-outputs(kernel)::Int = prod(kernel.windows.output) * length(kernel.bias)
+inputs(kernel)::Int = kernel.windows.plane * channels(kernel.windows)
+outputs(kernel)::Int = prod(kernel.windows.output) * length(bias(kernel))
+bias(kernel::DenseKernel) = kernel.bias
+bias(kernel::SparseWindows) = kernel.kernel.bias
 outputs(pool::Pooling)::Int = prod(pool.windows.output) * channels(pool.windows)
 inputs(padding::Padding)::Int = prod(padding.input)
-outputs(padding::Padding)::Int = prod(padding.output)
+outputs(padding::Padding) = padding.outputs
 inputs(scaling::Scaling) = scaling.features
 outputs(scaling::Scaling) = scaling.features
 
-"How many vectors of sums a kernel has for each output."
-vectors(::DenseKernel) = MAX_VECTORS
-vectors(::SparseWindows) = GROUP > 1 ? 2MAX_VECTORS : MAX_VECTORS
+"How many vectors of sums of an output a kernel computes at once, at most."
+vectors(::Type{DenseKernel}) = MAX_VECTORS
+vectors(::Type{SparseWindows}) = CHUNK_HEIGHT > 1 ? 7 : MAX_VECTORS
 
-"How many outputs a kernel computes at once, and how many such groups it has."
-group_size(::DenseKernel) = GROUP
-group_size(::SparseWindows) = 1
-groups(kernel) = cld(length(kernel.bias), group_size(kernel))
-
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, ::Val{V}) where {V}
-    (; rows, step) = kernel.windows
-    feature, n = V * sizeof(Lane), row_length(kernel.windows)
-    plane = n * length(rows) * feature
-    GC.@preserve x y kernel for (r, corner) in enumerate(rows), g in 1:groups(kernel)
-        from, to = pointer(x) + corner * feature, pointer(y) + (g - 1) * group_size(kernel) * plane + (r - 1) * n * feature
-        if step == 1
-            multiply_row!(to, plane, from, n, kernel, g, Val(V * sizeof(Lane)), Val(V), Val(vectors(kernel) ÷ V))
-        else
-            for i in 0:(n - 1)
-                multiply_places!(to + i * feature, plane, from + i * step * feature, kernel, g, Val(V * sizeof(Lane)), Val(V))
-            end
-        end
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, width::Val)
+    (; rows) = kernel.windows
+    n, feature = row_length(kernel.windows), bytes(width)
+    GC.@preserve x y kernel for (r, corner) in enumerate(rows)
+        multiply_row!(pointer(y) + (r - 1) * n * feature, n * length(rows) * feature, pointer(x) + corner * feature, feature, n,
+                      row_step(kernel.windows), kernel, width)
     end
     return y
 end
 
 """
-The outputs of the `g`-th group at `n` places, of V vectors each, next to each other, P of them at a time and those left over by
-fewer. Features are F bytes apart.
+The outputs at `n` places of a row, of V vectors each, for `y` and `x` at the first; from an output to the next it is `plane` bytes,
+from a feature to the next `feature`.
 """
-function multiply_row!(y, plane, x, n, kernel, g, distance::Val{F}, ::Val{V}, ::Val{P}) where {F,V,P}
-    done = 0
-    while done + P <= n
-        multiply_places!(y + done * V * sizeof(Lane), plane, x + done * V * sizeof(Lane), kernel, g, distance, Val(V * P))
-        done += P
+function multiply_row!(y, plane, x, feature, n, step, kernel::SparseWindows, width)
+    over_places(n, step, Val(vectors(SparseWindows)), width) do i, sums
+        multiply_places!(y + i * bytes(width), plane, x + i * step * bytes(width), feature, kernel.kernel, sums)
     end
-    P > 1 && done < n && multiply_row!(y + done * V * sizeof(Lane), plane, x + done * V * sizeof(Lane), n - done, kernel, g,
-                                       distance, Val(V), Val(P ÷ 2))
     return nothing
 end
 
-function multiply_places!(y, plane, x, kernel::SparseWindows, o, ::Val{F}, ::Val{N}) where {F,N}
-    taps, weights = pointer(kernel.taps), pointer(kernel.weights)
-    sums = ntuple(_ -> Lane(@inbounds kernel.bias[o]), Val(N))
-    for k in @inbounds kernel.pointers[o]:(kernel.pointers[o + 1] - 1)
-        sums = add_product(sums, Lane(unsafe_load(weights, k)), x + (unsafe_load(taps, k) % Int) * F)
+function multiply_row!(y, plane, x, feature, n, step, kernel::DenseKernel, width)
+    for g in axes(kernel.packed, 3)
+        to = y + (g - 1) * GROUP * plane
+        over_places(n, step, Val(vectors(DenseKernel)), width) do i, sums
+            multiply_places!(to + i * bytes(width), plane, x + i * step * bytes(width), feature, kernel, g, sums)
+        end
     end
-    return store!(y, kernel.relu ? map(s -> max(s, zero(s)), sums) : sums, Val(N))
+    return nothing
 end
 
-function multiply_places!(y, plane, x, kernel::DenseKernel, g, ::Val{F}, ::Val{N}) where {F,N}
+"""
+Call `f` for some of `n` places after the other, which together have at most `most` vectors of V each: with the first of them, from
+0, and the number of their vectors.
+"""
+@inline function over_places(f, n, step, most::Val{M}, width::Val{V}) where {M,V}
+    at_once, i = step == 1 ? M ÷ V : 1, 0
+    while i < n
+        places = cld(n - i, cld(n - i, at_once)) # that none are left alone
+        with_vectors(f, i, places * V, Val(M ÷ V * V), width)
+        i += places
+    end
+end
+
+@inline with_vectors(f, i, n, vectors::Val{N}, width::Val{V}) where {N,V} =
+    N == V || n == N ? f(i, vectors) : with_vectors(f, i, n, Val(N - V), width)
+
+function multiply_places!(y, plane, x, feature, kernel::SparseKernel, vectors)
+    at, n = NextWeights(pointer(kernel.columns), pointer(kernel.values)), length(kernel.singles)
+    for b in 1:n
+        bias = b == 1 ? pointer(kernel.bias) : C_NULL
+        at = over_block(multiply_rows!, at, kernel, b, y, plane, x, feature, bias, kernel.relu && b == n, vectors)
+    end
+    return nothing
+end
+
+function multiply_places!(y, plane, x, feature, kernel::DenseKernel, g, ::Val{N}) where {N}
     n, taps = length(kernel.taps), pointer(kernel.taps)
     weights = pointer(kernel.packed) + (g - 1) * GROUP * n * sizeof(Float32)
     sums = ntuple(_ -> ntuple(_ -> zero(Lane), Val(N)), Val(GROUP))
     for k in 1:n
-        sums = add_row(sums, load(x + unsafe_load(taps, k) * F, Val(N)), weights + (k - 1) * GROUP * sizeof(Float32))
+        sums = add_row(sums, load(x + unsafe_load(taps, k) * feature, Val(N)), weights + (k - 1) * GROUP * sizeof(Float32))
     end
-    for i in 1:outputs_of_group(kernel, g)
+    for i in 1:min(GROUP, length(kernel.bias) - (g - 1) * GROUP)
         b = @inbounds kernel.bias[(g - 1) * GROUP + i]
         row = map(s -> kernel.relu ? max(s + b, zero(s)) : s + b, sums[i])
         store!(y + (i - 1) * plane, row, Val(N))
@@ -169,33 +192,80 @@ function multiply_places!(y, plane, x, kernel::DenseKernel, g, ::Val{F}, ::Val{N
     return nothing
 end
 
-outputs_of_group(kernel, g) = min(group_size(kernel), length(kernel.bias) - (g - 1) * group_size(kernel))
-
 @inline add_row(sums, input, weights) =
     ntuple(i -> (w = Lane(unsafe_load(weights, i)); map((s, x) -> muladd(w, x, s), sums[i], input)), Val(GROUP))
 
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, (; windows, mean)::Pooling, width::Val{V}) where {V}
-    feature, to, n, distance = V * sizeof(Lane), pointer(y), row_length(windows), plane(windows)
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, pool::Pooling, width::Val)
+    (; windows) = pool
+    to, feature, n = pointer(y), bytes(width), row_length(windows)
     GC.@preserve x y for channel in 0:(channels(windows) - 1), corner in windows.rows
-        from = pointer(x) + (channel * distance + corner) * feature
-        for i in 0:(n - 1)
-            under = from + i * windows.step * feature
-            store!(to + i * feature, mean ? mean_of(under, windows.taps, width) : largest_of(under, windows.taps, width), width)
-        end
+        pool_row!(to, pointer(x) + (channel * windows.plane + corner) * feature, pool, width)
         to += n * feature
     end
     return y
 end
 
-@inline mean_of(x, taps, width) = map(sum -> sum / Float32(length(taps)), reduced(+, x, taps, width))
-@inline largest_of(x, taps, width) = reduced(max, x, taps, width)
-
-@inline function reduced(f, x, taps, width::Val{V}) where {V}
-    values = load(x, width)
-    for t in 2:length(taps)
-        values = map(f, values, load(x + (@inbounds taps[t]) * V * sizeof(Lane), width))
+function pool_row!(y, x, pool::Pooling, width::Val{V}) where {V}
+    n, step = row_length(pool.windows), row_step(pool.windows) * bytes(width)
+    fours = V == 1 ? n ÷ 4 * 4 : 0
+    for i in 0:4:(fours - 1)
+        pool_places!(y + i * bytes(width), x + i * step, pool, bytes(width), Val(4), step)
     end
-    return values
+    for i in fours:(n - 1)
+        pool_places!(y + i * bytes(width), x + i * step, pool, bytes(width), width, sizeof(Lane))
+    end
+    return nothing
+end
+
+"The pooled values of N vectors, at a distance of `step` bytes for the first tap."
+@inline function pool_places!(y, x, (; windows, mean), feature, vectors::Val, step)
+    return store!(y, over_taps(tap -> (@inline; load(x + tap * feature, vectors, step)), windows.taps, mean), vectors)
+end
+
+"The means, or the largest, of the vectors that `load` gives for taps."
+@inline function over_taps(load, taps, mean)
+    values = load(@inbounds taps[1])
+    for t in 2:length(taps)
+        others = load(@inbounds taps[t])
+        values = mean ? map(+, values, others) : map(max, values, others)
+    end
+    return mean ? map(sum -> sum / Float32(length(taps)), values) : values
+end
+
+"""
+A convolution of images and the pooling of its outputs, of which only as many rows are there at a time as a row of pooled ones
+needs. Takes memory behind the outputs, see [`room`](@ref).
+"""
+struct PooledWindows{K<:Union{DenseKernel,SparseWindows}}
+    convolution::K
+    pool::Pooling # of these rows
+    rows::Int # from the first of these to the first for the next row
+end
+
+pooled_rows((; convolution, pool, rows)::PooledWindows) =
+    (length(convolution.windows.rows) - pool.windows.input[2]) ÷ rows + 1
+inputs(kernel::PooledWindows) = inputs(kernel.convolution)
+outputs(kernel::PooledWindows) = outputs(kernel.pool) * pooled_rows(kernel)
+
+"How many features `y` must have."
+room(kernel) = outputs(kernel)
+room(kernel::PooledWindows) = outputs(kernel) + inputs(kernel.pool)
+
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::PooledWindows, width::Val)
+    (; convolution, pool) = kernel
+    corners, feature = convolution.windows.rows, bytes(width)
+    n, pooled, m = row_length(convolution.windows), pooled_rows(kernel), row_length(pool.windows)
+    GC.@preserve x y kernel for r in 0:(pooled - 1)
+        plane, between = pointer(y) + outputs(kernel) * feature, pool.windows.plane * feature
+        for k in 0:(pool.windows.input[2] - 1)
+            multiply_row!(plane + k * n * feature, between, pointer(x) + corners[r * kernel.rows + k + 1] * feature, feature, n,
+                          row_step(convolution.windows), convolution, width)
+        end
+        for channel in 0:(channels(pool.windows) - 1)
+            pool_row!(pointer(y) + (channel * pooled + r) * m * feature, plane + channel * between, pool, width)
+        end
+    end
+    return y
 end
 
 multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{Padding,Scaling}, ::Val{V}) where {V} =
