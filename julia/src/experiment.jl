@@ -7,6 +7,8 @@ errors). `data` is the pair `(x, y)` that a criterion may need. The sparsity may
 and [`NofM`](@ref). Pass the optimiser state as `opt` to prune in the middle of training: its memory of the pruned
 weights is cleared. If anything is wrong, nothing has changed. Warns if a layer has lost all its weights.
 
+Throws `ArgumentError` also if `data` is no pair, `opt` not the state of this model, or two layers share a weight.
+
 # Examples
 ```jldoctest
 julia> model = prunable(Chain(Dense(784 => 300, relu), Dense(300 => 10)));
@@ -33,15 +35,35 @@ function prune!(model, criterion, data...; kwargs...)
     return model
 end
 
-"The masks on the host, as [`canonical`](@ref) arrays."
-host_masks(model) = [Array{Bool}(canonical(layer, layer.mask)) for layer in prunables(model)]
+"The masks on the host, as [`canonical`](@ref) arrays. Throws `ArgumentError` if layers share a weight, which then has two."
+function host_masks(model)
+    layers = prunables(model)
+    for (j, layer) in enumerate(layers), i in 1:(j - 1)
+        Base.mightalias(weight(layers[i]), weight(layer)) && throw(ArgumentError(
+            "model must not have a weight in two layers, as in the $(ordinal(i)) and the $(ordinal(j)); use one layer twice"))
+    end
+    return [Array{Bool}(canonical(layer, layer.mask)) for layer in layers]
+end
 
-function prune_silently!(model, criterion, data...; sparsity = nothing, structure = Global(), opt = nothing)
+"Throw `ArgumentError` unless `model` can be pruned to `sparsity` so, as far as that can be told before data are seen."
+function check_pruning(model, masks, criterion, structure, sparsity)
     of_neurons(criterion) && !(structure isa Neurons) && throw(ArgumentError(
         "structure must be Neurons with $(nameof(typeof(criterion))), which scores neurons"))
-    masks = host_masks(model)
     match = contest(structure, masks, sparsity)
     structure isa Neurons && sequence(model)
+    return match
+end
+
+"The same before an experiment, for the first and the last sparsity."
+check_experiment(model, criterion, structure, targets) =
+    foreach(s -> check_pruning(model, host_masks(model), criterion, structure, s), (first(targets), last(targets)))
+
+function prune_silently!(model, criterion, data...; sparsity = nothing, structure = Global(), opt = nothing)
+    length(data) <= 1 && all(pair -> pair isa Union{Tuple,NamedTuple} && length(pair) == 2, data) || throw(ArgumentError(
+        "data must be one pair (x, y) of inputs and labels, not $(join(map(summary, data), ", "))"))
+    isnothing(opt) || memories(opt, model)
+    masks = host_masks(model)
+    match = check_pruning(model, masks, criterion, structure, sparsity)
     steps = isnothing(match.keep) ? 1 : iterations(criterion)
     if steps == 1
         prune_step!(model, criterion, data, structure, masks, match, match.keep)
@@ -103,7 +125,7 @@ per round: `round`, `sparsity`, `nonzero` (kept weights), `loss` and `accuracy` 
 of each), `seconds`.
 
 Throws `ArgumentError`, before anything is trained, for a schedule that [`sparsities`](@ref) rejects or that begins
-below what is pruned already, and for a `Rewind` to a step that training does not reach.
+below what is pruned already, for what does not go together, and for a `Rewind` to a step that training does not reach.
 
 # Examples
 ```jldoctest
@@ -126,7 +148,7 @@ function iterative_prune!(model, train, test; saliency = Magnitude(), structure 
     targets = sparsities(schedule)
     batches = as_batches(train, training.batchsize; shuffle = true, rng)
     check_restart(finetune, pretrain ? training.epochs * length(batches) : 0)
-    contest(structure, host_masks(model), first(targets))
+    check_experiment(model, saliency, structure, targets)
     started, data = time(), samples(train)
     origin = pretrain ? fit!(model, batches, training; copy_at = origin_step(finetune)) : deepcopy(model)
     history = [report(model, test, training, 0, started)]
@@ -201,7 +223,7 @@ function gradual_prune!(model, train, test; saliency = Magnitude(), structure = 
     every = @something every max(1, steps ÷ (length(targets) + 1))
     every >= 1 && every * length(targets) < steps || throw(ArgumentError(
         "every must be 1 to $(cld(steps, length(targets)) - 1) for $(length(targets)) prunings in $steps steps, not $every"))
-    contest(structure, host_masks(model), first(targets))
+    check_experiment(model, saliency, structure, targets)
     history, data, started = NamedTuple[], samples(train), time()
     tell() = push!(history, report(model, test, training, length(history), started))
     function between!(step, opt, x, y)

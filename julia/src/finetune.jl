@@ -58,8 +58,12 @@ rate_epoch(::Continue, training, epoch) = training.epochs
 origin_step(finetune::Rewind) = finetune.to
 origin_step(finetune) = 0
 
-check_restart(finetune, steps) = 0 <= origin_step(finetune) <= steps || throw(ArgumentError(
-    "finetune must rewind to one of the $steps training steps, not $(origin_step(finetune))"))
+function check_restart(finetune, steps)
+    finetune isa Union{Continue,LearningRateRewind,Rewind,Reinitialize,Nothing} || throw(ArgumentError(
+        "finetune must be Continue(), LearningRateRewind(), Rewind(), Reinitialize() or nothing, not $finetune"))
+    0 <= origin_step(finetune) <= steps || throw(ArgumentError(
+        "finetune must rewind to one of the $steps training steps, not $(origin_step(finetune))"))
+end
 
 function restore!(model, origin)
     foreach((now, then) -> copyto!(then.mask, now.mask), prunables(model), prunables(origin))

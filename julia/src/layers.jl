@@ -22,7 +22,8 @@ the dense part is trainable. The layer shares the arrays of the `Dense` it is ma
 A pruned weight is stored as exactly 0. Where something outside this package has changed one, the forward
 pass sets it back to 0 in place: that is how it needs no masked copy of `W`.
 
-Throws `DimensionMismatch` if the sizes of mask and weight differ.
+Throws `DimensionMismatch` if the sizes of mask and weight differ, and `ArgumentError` if the weight is a transpose of other
+memory, in which its mask would have no place.
 
 # Examples
 ```jldoctest
@@ -41,6 +42,8 @@ struct PrunableDense{D<:Dense,M<:AbstractMatrix{Bool}} <: Prunable
     function PrunableDense(dense::D, mask::M) where {D<:Dense,M<:AbstractMatrix{Bool}}
         size(mask) == size(dense.weight) || throw(DimensionMismatch(
             "mask must have the size of the weight, $(size(dense.weight)), not $(size(mask))"))
+        dense.weight isa Union{Transpose,Adjoint} && throw(ArgumentError(
+            "the weight must be an array of its own, not the $(nameof(typeof(dense.weight))) of another; copy makes it one"))
         return new{D,M}(dense, mask)
     end
 end
@@ -110,14 +113,32 @@ mask!(layer::Prunable) = (mask!(weight(layer), layer.mask); layer)
 mask!(model) = (foreach(mask!, prunables(model)); model)
 
 function mask!(opt, model)
-    opt === () && return opt # not trainable
-    nodes = children(model)
-    foreach(key -> mask!(opt[key], nodes[key]), keys(nodes))
+    foreach(((leaf, mask),) -> mask_memory!(leaf.state, mask), memories(opt, model))
     return opt
 end
-mask!(opt, layer::Prunable) = (mask_memory!(inner(opt, layer).weight, layer.mask); opt)
 
-mask_memory!(leaf::Optimisers.Leaf, mask) = mask_memory!(leaf.state, mask)
+"""
+    memories(opt, model) -> Vector
+
+The leaf that an optimiser state holds for each weight with a mask that is trained, and the mask. Throws `ArgumentError` if the
+state is not of this model.
+"""
+memories(opt, model) = add_memories!(Tuple{Optimisers.Leaf,AbstractArray{Bool}}[], opt, model)
+
+function add_memories!(found, opt, node, mask = nothing)
+    if opt isa Optimisers.Leaf
+        isnothing(mask) || push!(found, (opt, mask))
+    elseif opt !== () # of what is not trainable
+        nodes = children(node)
+        opt isa Union{Tuple,NamedTuple,AbstractArray,AbstractDict} && issetequal(keys(opt), keys(nodes)) || throw(ArgumentError(
+            "opt must be what Flux.setup(rule, model) returns for this model, but does not fit its $(nameof(typeof(node)))"))
+        for (key, part) in pairs(nodes)
+            add_memories!(found, opt[key], part, node isa Prunable ? node.mask : key === :weight ? mask : nothing)
+        end
+    end
+    return found
+end
+
 mask_memory!(memory::Union{Tuple,NamedTuple}, mask) = foreach(m -> mask_memory!(m, mask), memory)
 mask_memory!(memory::AbstractArray, mask) = size(memory) == size(mask) && mask!(memory, mask)
 mask_memory!(memory, mask) = nothing

@@ -19,7 +19,7 @@ function lottery_ticket(model, train, test; saliency = Magnitude(), structure = 
     targets = sparsities(schedule)
     batches = as_batches(train, training.batchsize; shuffle = true, rng)
     check_restart(finetune, training.epochs * length(batches))
-    contest(structure, host_masks(model), first(targets))
+    check_experiment(model, saliency, structure, targets)
     accuracy(m) = evaluate(m, test; training.loss).accuracy
     initial, data = deepcopy(model), samples(train)
     origin = fit!(model, batches, training; copy_at = origin_step(finetune))
@@ -29,9 +29,7 @@ function lottery_ticket(model, train, test; saliency = Magnitude(), structure = 
         prune!(model, saliency, data; sparsity = target, structure)
         restart!(finetune, model, origin, rng)
         reinitialised = restart!(Reinitialize(init), deepcopy(model), initial, rng)
-        random_masks = deepcopy(rewound)
-        rates = [1 - density(layer) for layer in prunables(model)]
-        prune!(random_masks, RandomSaliency(rand(rng, 0:typemax(Int))); sparsity = rates, structure = Layerwise())
+        random_masks = with_random_masks(deepcopy(rewound), prunables(model), rand(rng, 0:typemax(Int)))
         accuracies = map((; ticket = model, reinitialised, random_masks)) do m
             fit!(m, batches, training)
             accuracy(m)
@@ -39,4 +37,13 @@ function lottery_ticket(model, train, test; saliency = Magnitude(), structure = 
         push!(table, (; round, sparsity = sparsity(model), accuracies...))
     end
     return table
+end
+
+"The model with as many weights in each layer as those of `like` have, at random."
+function with_random_masks(model, like, seed)
+    empty = [i for (i, layer) in enumerate(like) if !any(layer.mask)]
+    foreach(layer -> fill!(layer.mask, false), prunables(model)[empty])
+    rates = [1 - density(layer) for layer in like if any(layer.mask)]
+    isempty(rates) && return mask!(model)
+    return prune!(mask!(model), RandomSaliency(seed); sparsity = rates, structure = Layerwise(exclude = empty))
 end

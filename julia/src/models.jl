@@ -34,14 +34,15 @@ Throws `ArgumentError` if there is anything else than prunable layers (without `
 function sequence(model)
     parts = chained(model)
     layers = Prunable[part for part in parts if part isa Prunable]
-    isempty(layers) && throw(ArgumentError("model has no prunable layers; prunable(model) makes them"))
+    isempty(prunables(model)) && throw(ArgumentError("model has no prunable layers; prunable(model) makes them"))
     for part in parts
         part isa Union{PrunableDense,Between} || part === identity || part === Flux.flatten ||
             part isa PrunableConv && part.conv.groups == 1 ||
             throw(ArgumentError("model must be a Chain of prunable layers, BatchNorm, Dropout, pooling and flatten for this, \
                 but holds $(sprint(show, part))"))
     end
-    allunique(layers) || throw(ArgumentError("model must not use a layer twice for this"))
+    allunique(filter(part -> part isa Union{Prunable,BatchNorm}, parts)) ||
+        throw(ArgumentError("model must not use a layer twice for this"))
     return layers, parts
 end
 

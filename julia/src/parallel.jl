@@ -14,7 +14,7 @@ end
 "Call `work` with `Shares` of `count`, over which it iterates, on as many threads as there are; return when all are done."
 function share(work, count)
     shares = Shares(count, 0, 0)
-    tasks = [Threads.@spawn(shares.next < count && work(shares)) for _ in 2:min(Threads.nthreads(), count)]
+    tasks = [Threads.@spawn((@atomic shares.next) < count && work(shares)) for _ in 2:min(Threads.nthreads(), count)]
     try
         work(shares)
     finally
@@ -26,7 +26,7 @@ end
 "Wait until all is done, at first without giving up the processor: usually that is sooner than another task could be run."
 function await(shares, tasks)
     until = time_ns() + 50_000
-    while shares.done < shares.count
+    while (@atomic shares.done) < shares.count
         time_ns() < until || return foreach(wait, tasks)
         GC.safepoint()
     end

@@ -34,14 +34,21 @@ In each layer with `k` kept and `p` pruned weights, prune the `min(round(fractio
 magnitude, and keep from now on as many of the `p` instead, those that `method` chooses; they begin at 0. Equal scores
 are settled by position, as in [`PrunableFlux.select`](@ref), the first being dropped and the first growing. The
 optimiser state `opt` forgets both. This is the one operation in which masks gain entries.
+
+Throws `ArgumentError`, with masks and weights as they were, unless `fraction` is in [0, 1], and if weights or what `method` goes
+by are NaN.
 """
 function regrow!(method, model, batch; fraction = method.fraction, opt = nothing, loss = logitcrossentropy)
+    check_fraction(fraction)
+    isnothing(opt) || memories(opt, model)
     mask!(model)
     masks = host_masks(model)
     layers = prunables(model)
     scores = zip(map(canonical, layers, map(W -> abs.(W), weights(model))),
                  map(canonical, layers, growth(method, model, batch, loss)))
     new = map(masks, scores) do mask, (magnitude, promise)
+        any_nan(magnitude, mask) && throw(ArgumentError("model has weights that are NaN, which cannot be ranked"))
+        any_nan(promise, .!mask) && throw(ArgumentError("the batch gives gradients that are NaN, which cannot be ranked"))
         n = min(round(Int, fraction * count(mask)), count(!, mask))
         stay, stay_out = copy(mask), .!mask
         drop_lowest!([stay], [magnitude], n)
@@ -66,6 +73,7 @@ function sparse_train!(model, train; method = RigL(), every = 100, stop = 0.75, 
                        rng::AbstractRNG = Random.default_rng())
     every >= 1 || throw(ArgumentError("every must be at least 1, not $every"))
     0 <= stop <= 1 || throw(ArgumentError("stop must be in [0, 1], not $stop"))
+    check_fraction(method.fraction)
     batches = as_batches(train, training.batchsize; shuffle = true, rng)
     last_step = stop * training.epochs * length(batches)
     function between!(step, opt, x, y)
@@ -77,6 +85,9 @@ function sparse_train!(model, train; method = RigL(), every = 100, stop = 0.75, 
     fit!(model, batches, training; every, between!)
     return model
 end
+
+check_fraction(fraction) =
+    0 <= fraction <= 1 || throw(ArgumentError("fraction must be in [0, 1], not $fraction"))
 
 "The method with other random numbers."
 anew(method::SET, rng) = SET(method.fraction, rand(rng, 0:typemax(Int)))

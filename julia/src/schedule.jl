@@ -21,6 +21,7 @@ function sparsities(schedule)
     for s in targets
         all(x -> 0 <= x < 1, s) || throw(ArgumentError("schedule must stay in [0, 1), but reaches $s"))
     end
+    allequal(map(length, targets)) || throw(ArgumentError("schedule must have as many sparsities in each round, not $targets"))
     for (before, after) in zip(targets, Iterators.drop(targets, 1))
         all(before .<= after) || throw(ArgumentError(
             "schedule must never go down, but $after follows $before: pruned stays pruned"))
@@ -29,6 +30,7 @@ function sparsities(schedule)
 end
 
 rounds(targets::AbstractVector) = targets
+rounds(other) = throw(ArgumentError("schedule must be a schedule, such as OneShot(0.8), or a vector of sparsities, not $other"))
 
 """
     OneShot(sparsity)

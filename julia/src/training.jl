@@ -3,6 +3,9 @@
 
 How a network is trained in each round. `optimiser` is any rule of Optimisers.jl, `loss(ŷ, y)` any function. The
 learning rate, the rule's `eta`, is multiplied by `decay` after every epoch of a round.
+
+Throws `ArgumentError` for less than 0 epochs, batches of less than a sample, and a `decay` that is not positive or that is of a
+rule without one `eta`.
 """
 Base.@kwdef struct Training{O,L}
     epochs::Int = 15
@@ -10,11 +13,21 @@ Base.@kwdef struct Training{O,L}
     optimiser::O = Adam(1.2f-3)
     decay::Real = 1
     loss::L = logitcrossentropy
+    function Training(epochs, batchsize, optimiser::O, decay, loss::L) where {O,L}
+        epochs >= 0 || throw(ArgumentError("Training's epochs must be at least 0, not $epochs"))
+        batchsize >= 1 || throw(ArgumentError("Training's batchsize must be at least 1, not $batchsize"))
+        decay == 1 || 0 < decay < Inf && length(learning_rates(optimiser)) == 1 || throw(ArgumentError(
+            "Training's decay must be 1, or positive with an optimiser that has one learning rate, not $decay with $optimiser"))
+        return new{O,L}(epochs, batchsize, optimiser, decay, loss)
+    end
 end
+
+learning_rates(rule) = hasproperty(rule, :eta) ? [rule.eta] : []
+learning_rates(chain::OptimiserChain) = reduce(vcat, map(learning_rates, chain.opts))
 
 "Set the learning rate to that of an epoch, counted from 1."
 function adjust_rate!(opt, training, epoch)
-    training.decay == 1 || Optimisers.adjust!(opt, training.optimiser.eta * training.decay^(epoch - 1))
+    training.decay == 1 || Optimisers.adjust!(opt, only(learning_rates(training.optimiser)) * training.decay^(epoch - 1))
     return opt
 end
 
@@ -27,7 +40,8 @@ that pruned weights are exactly 0 after every step, whatever the optimiser does.
 is trained on these alone, which is the same to rounding and takes less time: `model` and `opt_state` are then as the last
 step has left them when this returns or throws, not between two steps, and masks must stay as they are meanwhile.
 
-Throws `DomainError`, with the model as it was before that step, if a loss is not finite.
+Throws `DomainError`, with the model as it was before that step, if a loss is not finite, and `ArgumentError` if `batches` are a
+pair of arrays, or `opt_state` is not of this model.
 
 # Examples
 ```jldoctest
@@ -44,11 +58,35 @@ true
 ```
 """
 function train_masked!(loss, model, batches, opt)
+    batches isa Union{AbstractArray{<:Number},Tuple{AbstractArray,AbstractArray}} && throw(ArgumentError(
+        "batches must be an iterator of pairs (x, y), such as a DataLoader or [(x, y)], not $(summary(batches))"))
+    memories(opt, model)
     trained = trainer(model, opt)
     return try
-        Float32[step!(loss, trained, opt, x, y) for (x, y) in batches]
+        [step!(loss, trained, opt, x, y) for (x, y) in batches]
     finally
         store!(trained)
+    end
+end
+
+"What [`step!`](@ref) trains with whole weights: the model, whose running statistics a step that fails must leave alone."
+struct DenseTrainer{M}
+    model::M
+    statistics::Vector{AbstractVector}
+end
+
+function DenseTrainer(model)
+    norms = Iterators.filter(part -> part isa Union{BatchNorm,Flux.InstanceNorm}, Flux.modules(model))
+    return DenseTrainer(model, AbstractVector[v for norm in norms for v in (norm.μ, norm.σ²) if v isa AbstractVector])
+end
+
+function step!(loss, (; model, statistics)::DenseTrainer, opt, x, y)
+    before = map(copy, statistics)
+    try
+        return step!(loss, model, opt, x, y)
+    catch
+        foreach(copyto!, statistics, before)
+        rethrow()
     end
 end
 
@@ -110,21 +148,28 @@ end
 """
     evaluate(model, batches; loss = logitcrossentropy) -> (; loss, accuracy)
 
-Mean loss and share of samples whose largest output is the class of the one-hot `y`, over all `(x, y)` in
-`batches`, or over one pair `(x, y)` of arrays.
+Mean loss and share of labels that are the largest output, over all `(x, y)` in `batches`, or over one pair `(x, y)` of arrays. The
+one-hot `y` has the size of the outputs, `(classes, n)` or, of sequences, `(classes, time, n)`. Throws `ArgumentError` if there are
+no samples.
 """
 function evaluate(model, batches; loss = logitcrossentropy)
-    n, total, correct = 0, 0.0, 0
+    n, total, labels, correct = 0, 0.0, 0, 0
     for (x, y) in as_batches(batches, 1024)
         ŷ = model(x)
         m = size(ŷ)[end]
         n += m
         total += m * loss(ŷ, y)
-        correct += count(onecold(Flux.cpu(ŷ)) .== onecold(Flux.cpu(y)))
+        right = onecold(Flux.cpu(ŷ)) .== onecold(Flux.cpu(y))
+        labels += length(right)
+        correct += count(right)
     end
-    return (; loss = total / n, accuracy = correct / n)
+    n > 0 || throw(ArgumentError("there must be at least one sample"))
+    return (; loss = total / n, accuracy = correct / labels)
 end
 
-as_batches(data::Tuple{AbstractArray,AbstractArray}, batchsize; kwargs...) =
-    DataLoader(data; batchsize = min(batchsize, numobs(data)), kwargs...)
-as_batches(batches, batchsize; kwargs...) = batches
+function as_batches(data::Tuple{AbstractArray,AbstractArray}, batchsize; kwargs...)
+    numobs(data) > 0 || throw(ArgumentError("there must be at least one sample"))
+    return DataLoader(data; batchsize = min(batchsize, numobs(data)), kwargs...)
+end
+as_batches(batches, batchsize; kwargs...) = Base.IteratorSize(batches) isa Union{Base.HasLength,Base.HasShape} ? batches :
+    throw(ArgumentError("data must be a pair (x, y) of arrays or an iterator of such batches that has a length"))

@@ -79,5 +79,16 @@ end
     for to in (-1, 16)
         @test_throws ArgumentError iterative_prune!(model, loader, loader; finetune = Rewind(; to), training = quick)
     end
+    for (error, kwargs) in (("structure must be Neurons with Activation", (; saliency = Activation())),
+                            ("finetune must be", (; finetune = Continue)), ("schedule must be", (; schedule = 0.5)),
+                            ("as many sparsities", (; schedule = [[0.1, 0.2], [0.3]], structure = Layerwise())),
+                            ("at most 0.5 with NofM", (; structure = NofM(1, 2), schedule = [0.5, 0.6])))
+        fresh = small(Xoshiro(5))
+        @test_throws error iterative_prune!(fresh, loader, loader; training = quick, kwargs...)
+        @test fresh[1].dense.weight == small(Xoshiro(5))[1].dense.weight
+    end
+    @test_throws "has a length" iterative_prune!(model, Iterators.filter(_ -> true, loader), loader; training = quick)
+    @test_throws "model must be a Chain" iterative_prune!(Chain(SkipConnection(model, (a, b) -> a)), loader, loader;
+                                                         structure = Neurons(), training = quick)
     @test Flux.state(model) == before
 end

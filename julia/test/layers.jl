@@ -20,6 +20,12 @@ randmask(size...) = rand(Xoshiro(7), Bool, size...)
     @test_throws DimensionMismatch PrunableDense(Dense(W), trues(4, 3))
 end
 
+@testset "a weight has memory of its own" begin
+    @test_throws "not the Adjoint of another" PrunableDense(randn(3, 4)')
+    W = randn(Float32, 3, 4)
+    @test_throws "not the Transpose of another" prunable(Chain(Dense(W), Dense(transpose(W))))
+end
+
 @testset "forward is σ.((W .* M) * x .+ b) whatever W holds, $M" for M in (Matrix{Bool}, BitMatrix)
     mask = M(randmask(5, 4))
     for T in (Float32, Float64), σ in (identity, relu, tanh), x in (randn(T, 4), randn(T, 4, 7), randn(T, 4, 3, 2))

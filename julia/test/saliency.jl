@@ -232,6 +232,15 @@ end
     @test Flux.state(model) == before
 end
 
+@testset "criteria that make no sense" begin
+    @test_throws ArgumentError Threshold(tau = -1.0)
+    @test_throws ArgumentError Threshold(q = NaN)
+    @test_throws ArgumentError OBD(loss = Flux.mse)
+    for norm in (0, 0.5, Inf, NaN)
+        @test_throws ArgumentError Neurons(; norm)
+    end
+end
+
 @testset "scores of models that are no plain chains" begin
     rng = Xoshiro(15)
     shared = PrunableDense(4 => 4, tanh)

@@ -129,10 +129,40 @@ PrunableFlux.saliency(criterion::Broken, model, batch...) = criterion.scores
             (Magnitude(), NaN, Global(), ArgumentError), (Magnitude(), 0.2, Global(), ArgumentError),
             (Magnitude(), [0.5, 0.5], Global(), DimensionMismatch), (Magnitude(), [0.5], Layerwise(), DimensionMismatch),
             (Magnitude(), [0.9, 0.0], Layerwise(), ArgumentError),
+            (Magnitude(), "0.5", Global(), ArgumentError), (Magnitude(), 0.5, Global(min_kept = -3), ArgumentError),
             (Broken([fill(NaN, 5, 6), ones(4, 5)]), 0.5, Global(), ArgumentError),
             (Broken([ones(6, 5), ones(4, 5)]), 0.5, Global(), DimensionMismatch))
         @test_throws error prune!(model, criterion; sparsity, structure)
         @test snapshot(model) == before
     end
     @test_throws ArgumentError prune!(Chain(Dense(2 => 2)), Magnitude(); sparsity = 0.5)
+    x, y = randn(Xoshiro(1), Float32, 6, 20), Flux.onehotbatch(rand(Xoshiro(1), 1:4, 20), 1:4)
+    for data in ((Flux.DataLoader((x, y)),), (x,), (x, y), ((x, y), (x, y)))
+        @test_throws "data must be one pair (x, y)" prune!(model, Taylor(), data...; sparsity = 0.5)
+    end
+    @test_throws "opt must be" prune!(model, Magnitude(); sparsity = 0.5, opt = Flux.setup(Adam(), unprunable(model)))
+    @test_throws "labels must be (classes, n)" prune!(model, SNIP(), (x, rand(4, 2, 20)); sparsity = 0.5)
+    @test snapshot(model) == before
+    W = randn(Float32, 6, 6)
+    shared = prunable(Chain(Dense(W, zeros(Float32, 6)), Dense(W, ones(Float32, 6)), Dense(6 => 3)))
+    @test_throws "a weight in two layers, as in the 1st and the 2nd" prune!(shared, Magnitude(); sparsity = 0.5)
+    @test all(layer -> all(layer.mask), prunables(shared))
+end
+
+struct Partly{A,B}
+    a::A
+    b::B
+end
+Flux.@layer Partly trainable=(a,)
+
+@testset "prunable layers that are not trained" begin
+    model = prunable(Chain(Partly(Dense(6 => 3), Dense(6 => 3))))
+    opt = Flux.setup(Adam(), model)
+    @test sparsity(prune!(model, Magnitude(); sparsity = 0.5, opt)) == 0.5
+end
+
+@testset "sparsities in any precision" begin
+    for s in (Float16(0.5), 0.5f0, 1 // 2)
+        @test sparsity(prune!(Chain(PrunableDense(300 => 300)), Magnitude(); sparsity = s)) == 0.5
+    end
 end

@@ -1,5 +1,5 @@
 using Flux, PrunableFlux, Random, Test
-using PrunableFlux: DenseKernel, SparseKernel, SparseTrainer, step!, store!, trainer
+using PrunableFlux: DenseKernel, DenseTrainer, SparseKernel, SparseTrainer, step!, store!, trainer
 
 relative(a, b) = maximum(abs, a .- b; init = 0) / max(maximum(abs, b; init = 0), 1)
 
@@ -90,6 +90,13 @@ end
     @test_throws ArgumentError sparsify(model; kernels = [:sparse])
     @test_throws ArgumentError sparsify(prunable(Chain(Conv((3, 3), 1 => 2), Flux.flatten, Dense(2 => 2))))
     @test_throws ArgumentError sparsify(Chain(relu))
+    @test_throws "kernels must be :auto" sparsify(model; kernels = "auto")
+    @test size(fast(x[:, 1:0])) == (5, 0)
+    for bad in (NaN32, Inf32), n in (1, 300)
+        broken = x[:, 1:n]
+        broken[7, n] = bad
+        @test_throws "x must be finite" fast(broken)
+    end
     empty = sparsify(mask!(Chain(PrunableDense(Dense(randn(rng, Float32, 3, 4), ones(Float32, 3)), falses(3, 4)))))
     @test empty(randn(rng, Float32, 4, 2)) == ones(3, 2)
 end
@@ -163,7 +170,7 @@ memory_arrays(other) = Array[]
     theirs, opt = Flux.f64(model), Flux.setup(rule, model)
     their_opt = Flux.setup(rule, theirs)
     for part in (batches[1:5], batches[6:12])
-        @test trainer(model, opt) isa SparseTrainer && trainer(theirs, their_opt) isa Chain
+        @test trainer(model, opt) isa SparseTrainer && trainer(theirs, their_opt) isa DenseTrainer
         train_masked!(Flux.logitcrossentropy, model, part, opt)
         train_masked!(Flux.logitcrossentropy, theirs, [(Float64.(x), y) for (x, y) in part], their_opt)
         Optimisers.adjust!(opt, 0.0005), Optimisers.adjust!(their_opt, 0.0005)
@@ -182,10 +189,10 @@ end
     x, y = randn(rng, Float32, 40, 50), Flux.onehotbatch(rand(rng, 1:5, 50), 1:5)
     opt, setup = Flux.setup(Adam(), model), m -> (m, Flux.setup(Adam(), m))
     @test trainer(model, opt) isa SparseTrainer
-    @test trainer(setup(mlp(rng, 4, 3))...) isa Chain && trainer(setup(Flux.f64(model))...) isa Chain
-    @test trainer(setup(prune!(Chain(PrunableDense(4 => 3, gelu)), Magnitude(); sparsity = 0.9))...) isa Chain
-    @test trainer(setup(Chain(model[1], PrunableDense(model[1].dense, model[1].mask)))...) isa Chain # tied
-    @test trainer(model, Flux.setup(HalfStep(), model)) isa Chain # may not be of single weights
+    @test trainer(setup(mlp(rng, 4, 3))...) isa DenseTrainer && trainer(setup(Flux.f64(model))...) isa DenseTrainer
+    @test trainer(setup(prune!(Chain(PrunableDense(4 => 3, gelu)), Magnitude(); sparsity = 0.9))...) isa DenseTrainer
+    @test trainer(setup(Chain(model[1], PrunableDense(model[1].dense, model[1].mask)))...) isa DenseTrainer # tied
+    @test trainer(model, Flux.setup(HalfStep(), model)) isa DenseTrainer # may not be of single weights
     named = Chain(; zip((:a, :b, :c), deepcopy(model.layers))...)
     before = deepcopy(model)
     @test_throws DomainError step!((ŷ, y) -> NaN32 * sum(ŷ), trainer(model, opt), opt, x, y)
@@ -204,5 +211,7 @@ end
     Optimisers.freeze!(opt.layers[1])
     train_masked!(Flux.logitcrossentropy, halted, steps[1:2], opt)
     @test halted[1].dense.weight == whole[1].dense.weight && halted[3].dense.weight != whole[3].dense.weight
+    @test train_masked!((ŷ, y) -> 0.0f0, model, [(x, y)], Flux.setup(Adam(), model)) == [0]
+    @test_throws DomainError train_masked!(Flux.logitcrossentropy, model, [(x[:, 1:0], y[:, 1:0])], Flux.setup(Adam(), model))
     @test train_masked!(Flux.logitcrossentropy, model, [(Float64.(x), y), (x[:, 1], y[:, 1])], opt) isa Vector{Float32}
 end

@@ -96,6 +96,18 @@ end
         end
     end
     @test sparsity(regrow!(method, small(rng), data)) == 0
+    now = deepcopy(model)
+    for fraction in (-0.5, 1.5, NaN)
+        @test_throws "fraction must be in [0, 1]" regrow!(method, model, data; fraction)
+    end
+    if method isa RigL
+        x = copy(data[1])
+        x[1] = NaN
+        @test_throws "gradients that are NaN" regrow!(method, model, (x, data[2]))
+    end
+    model[1].dense.weight[findfirst(model[1].mask)] = NaN
+    @test_throws "weights that are NaN" regrow!(method, model, data)
+    @test [layer.mask for layer in model] == [layer.mask for layer in now]
 end
 
 @testset "sparse training: $(nameof(typeof(method)))" for method in (SET(), RigL())
@@ -135,4 +147,9 @@ end
     @test all(row -> row.ticket > 0.9, table)
     @test table[1].ticket == table[1].reinitialised == table[1].random_masks
     @test_throws ArgumentError lottery_ticket(small(rng), data, data; finetune = Rewind(10_000), training = quick)
+    faint = small(rng)
+    faint[2].dense.weight .*= 1f-4
+    table = @test_logs (:warn, r"2nd layer") match_mode = :any lottery_ticket(
+        faint, data, data; structure = Global(), schedule = [0.5], training = Training(epochs = 0), rng)
+    @test table[2].sparsity == 0.5 # though no weight of the second layer is left
 end

@@ -102,6 +102,8 @@ end
     @test_throws ArgumentError compact(Chain(Dense(2 => 2)))
     twice = PrunableDense(2 => 2)
     @test_throws ArgumentError compact(Chain(twice, twice))
+    norm = BatchNorm(6)
+    @test_throws ArgumentError compact(Chain(PrunableDense(4 => 6), norm, PrunableDense(6 => 6), norm, PrunableDense(6 => 2)))
 end
 
 @testset "every saliency of neurons with every structure: $(nameof(typeof(structure)))" for structure in

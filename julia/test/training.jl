@@ -84,6 +84,28 @@ end
     x, y = labelled(Xoshiro(4))
     @test_throws DomainError train_masked!((ŷ, y) -> NaN * sum(ŷ), model, [(x, y)], Flux.setup(Adam(), model))
     @test Flux.state(model) == before
+    model = prunable(Chain(Dense(8 => 6), BatchNorm(6), Dense(6 => 3)))
+    before = deepcopy(Flux.state(model))
+    x[1] = NaN
+    @test_throws DomainError train_masked!(Flux.logitcrossentropy, model, [(x, y)], Flux.setup(Adam(), model))
+    @test Flux.state(model) == before # the running statistics, too
+end
+
+@testset "what cannot be trained is refused" begin
+    model, (x, y) = Chain(PrunableDense(8 => 3)), labelled(Xoshiro(4))
+    opt = Flux.setup(Adam(), model)
+    for batches in ((x, y), x)
+        @test_throws "batches must be an iterator" train_masked!(Flux.logitcrossentropy, model, batches, opt)
+    end
+    for other in (Flux.setup(Adam(), unprunable(model)), Adam(), Flux.setup(Adam(), Chain(identity, model)))
+        @test_throws "opt must be what Flux.setup(rule, model) returns" train_masked!(Flux.logitcrossentropy, model, [(x, y)], other)
+    end
+    @test_throws ArgumentError Training(decay = 0.9, optimiser = WeightDecay())
+    @test_throws ArgumentError Training(decay = -1)
+    @test_throws ArgumentError Training(batchsize = 0)
+    chain = Training(decay = 0.5, epochs = 2, optimiser = OptimiserChain(WeightDecay(0.1), Adam(0.25)))
+    opt = Flux.setup(chain.optimiser, model)
+    @test PrunableFlux.adjust_rate!(opt, chain, 2).layers[1].dense.weight.rule.opts[2].eta == 0.125
 end
 
 @testset "evaluate" begin
@@ -93,6 +115,9 @@ end
     @test evaluate(model, (x, y)).accuracy == 0.75
     @test evaluate(model, (x, y)).loss ≈ Flux.logitcrossentropy(x, y)
     @test evaluate(model, Flux.DataLoader((x, y); batchsize = 3)).loss ≈ Flux.logitcrossentropy(x, y)
+    sequences = reshape(x, 2, 2, 2), reshape(y, 2, 2, 2)
+    @test evaluate(model, sequences).accuracy == 0.75
+    @test_throws ArgumentError evaluate(model, (x[:, 1:0], y[:, 1:0]))
 end
 
 @testset "a step is that of Optimisers, masked: $(nameof(typeof(rule)))" for rule in

@@ -45,6 +45,22 @@ networks = [
     end
 end
 
+@testset "windows far apart and few outputs: $places, $size, stride $stride" for (places, size, stride, channels, outputs) in
+        ((28, 3, 4, 1, 2), (28, 7, 7, 1, 1), (64, 16, 16, 1, 8), (64, 16, 16, 3, 2), (30, 1, 5, 1, 1))
+    model = prunable(Chain(Conv((size, size), channels => outputs; stride), MaxPool((2, 2); stride = 5), Flux.flatten))
+    prune!(model, RandomSaliency(); sparsity = 0.4)
+    x = rand(Xoshiro(1), Float32, places, places, channels, 20)
+    for kernels in (:auto, :sparse, :dense)
+        fast = sparsify(model; kernels, input_size = (places, places, channels))
+        @test relative(fast(x), model(x)) < 1e-5 && relative(fast(x[:, :, :, 1:1]), model(x[:, :, :, 1:1])) < 1e-5
+        for (; kernel) in fast.single, at in 1:2 # nothing is written behind what sparsify makes room for
+            buffers = [fill(1.0f0, PrunableFlux.buffer_length(kernel) + 5000) for _ in 1:2]
+            multiply!(buffers..., kernel)
+            @test all(==(1), buffers[1][(end - 4999):end])
+        end
+    end
+end
+
 @testset "sparsify convolutions" begin
     model = prune!(prunable(Chain(Conv((3, 3), 1 => 4, relu), Flux.flatten, Dense(16 => 3))), Magnitude(); sparsity = 0.5)
     fast = sparsify(model; kernels = [:sparse, :dense], input_size = (4, 4, 1))
@@ -55,6 +71,10 @@ end
     @test_throws DimensionMismatch sparsify(model; input_size = (5, 4, 1))
     @test_throws DimensionMismatch sparsify(model; input_size = (2, 4, 1))
     @test_throws DimensionMismatch sparsify(model; input_size = 16)
+    wide = sparsify(model; input_size = (4, 4, 1))
+    @test_throws "samples of size (4, 4, 1), not (2, 8, 1)" wide(zeros(Float32, 2, 8, 1, 3))
+    @test_throws DimensionMismatch wide(zeros(Float32, 3, 4, 4, 1))
+    @test size(wide(zeros(Float32, 4, 4, 1, 0))) == (3, 0) && size(wide(zeros(Float32, 16, 2))) == (3, 2)
     @test_throws ArgumentError sparsify(prunable(Chain(Conv((3, 3), 2 => 2; groups = 2))); input_size = (4, 4, 2))
     @test_throws ArgumentError sparsify(prunable(Chain(BatchNorm(3; track_stats = false), Dense(3 => 2))))
     normed = disturb!(Xoshiro(1), prunable(Chain(BatchNorm(3), Dense(3 => 2, relu), BatchNorm(2, tanh))))

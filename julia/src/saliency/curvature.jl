@@ -10,11 +10,16 @@ form, which leaves out the second derivatives of the activations,
 for a `Chain` of prunable layers and softmax cross-entropy. With `exact`, from the diagonal of the Hessian of any
 `loss` itself, for networks of at most 20,000 parameters.
 
-Throws `ArgumentError` for other networks.
+Throws `ArgumentError` for other networks, and for another `loss` without `exact`.
 """
 Base.@kwdef struct OBD
     exact::Bool = false
     loss::Any = logitcrossentropy
+    function OBD(exact, loss)
+        exact || loss === logitcrossentropy || throw(ArgumentError(
+            "OBD's loss must be logitcrossentropy without exact = true, not $loss: the recursion is of no other"))
+        return new(exact, loss)
+    end
 end
 
 function saliency(criterion::OBD, model, (x, y))
@@ -137,7 +142,7 @@ function factor(H, what)
     F = cholesky(Symmetric(H); check = false)
     smallest = issuccess(F) ? minimum(abs2, diag(F.U); init = Inf) : 0.0
     smallest > eps() * size(H, 1) * maximum(diag(H); init = 0.0) || size(H, 1) == 0 || throw(ArgumentError(
-        "the curvature that OBS uses is singular in $what; a larger damping mends that"))
+        "the curvature that OBS uses is singular in $what; a larger damping mends that, unless its inputs are all 0"))
     return F
 end
 

@@ -37,6 +37,11 @@ julia> model[1].mask
 Base.@kwdef struct Threshold
     q::Float64 = 1
     tau::Union{Nothing,Float64} = nothing
+    function Threshold(q, tau)
+        0 <= q < Inf || throw(ArgumentError("Threshold's q must be at least 0, and finite, not $q"))
+        isnothing(tau) || 0 <= tau < Inf || throw(ArgumentError("Threshold's tau must be at least 0, and finite, not $tau"))
+        return new(q, tau)
+    end
 end
 
 cutoff(::Threshold) = 1

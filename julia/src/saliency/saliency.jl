@@ -65,6 +65,7 @@ end
 
 "The first `per_class` samples of each class."
 function balanced((x, y), per_class)
+    ndims(y) == 2 || throw(ArgumentError("data's labels must be (classes, n) for a balanced batch, not of size $(size(y))"))
     labels = onecold(Flux.cpu(y))
     found = [findall(==(class), labels) for class in axes(y, 1)]
     all(places -> length(places) >= per_class, found) || throw(ArgumentError(

@@ -4,10 +4,14 @@ outputs(net::SparseNetwork) = outputs(last(net.panels).kernel)
 (net::SparseNetwork)(x::AbstractVector) = vec(net(reshape(x, :, 1)))
 function (net::SparseNetwork)(x::AbstractMatrix)
     y = Matrix{Float32}(undef, outputs(net), size(x, 2))
-    infer!(y, net, convert(Matrix{Float32}, x))
+    infer!(y, net, convert(Matrix{Float32}, x)) || throw(ArgumentError("x must be finite"))
     return y
 end
-(net::SparseNetwork)(x::AbstractArray) = net(reshape(x, :, size(x, ndims(x))))
+function (net::SparseNetwork)(x::AbstractArray)
+    given, dims = Base.front(size(x)), first(net.sizes)
+    given == dims || length(dims) == 1 || throw(DimensionMismatch("x must have samples of size $dims, not $given"))
+    return net(reshape(x, prod(given), size(x, ndims(x))))
+end
 
 "Write the network's outputs for `x` to `y`, and return whether all of `x` is finite."
 function infer!(y, net, x)

@@ -42,7 +42,8 @@ a sample `(width, height, channels)`.
 
 A layer that is not sparse enough stays dense. With `:auto` both kernels are timed on random inputs, for batches and for
 single samples, and the faster is taken; `:sparse` and `:dense`, for the network or one per layer, force the choice.
-Inputs must be finite.
+
+The function throws `DimensionMismatch` for inputs of another size, and `ArgumentError` for inputs that are not finite.
 
 Throws `ArgumentError` for other models and other `kernels`, and `DimensionMismatch` for an `input_size` that does not fit.
 
@@ -60,9 +61,10 @@ true
 function sparsify(model; kernels = :auto, input_size = nothing)
     layers, parts = sequence(model)
     parts = foldl(with_part, parts; init = Any[])
-    choices = kernels isa Symbol ? fill(kernels, length(layers)) : collect(Symbol, kernels)
+    choices = kernels isa Symbol ? fill(kernels, length(layers)) : kernels
     length(choices) == length(layers) && all(in((:auto, :sparse, :dense)), choices) || throw(ArgumentError(
-        "kernels must be :auto, :sparse or :dense, or one of these per layer ($(length(layers))), not $kernels"))
+        "kernels must be :auto, :sparse or :dense, or one of these per layer ($(length(layers))), not $(repr(kernels))"))
+    choices = collect(Symbol, choices)
     dims = input_dims(parts, input_size)
     possible, sizes = Candidates[], Dims[dims]
     for part in parts

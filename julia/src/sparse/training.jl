@@ -145,15 +145,16 @@ end
 """
     trainer(model, opt)
 
-What [`step!`](@ref) trains fastest as long as masks stay as they are: the model, or, of a `Chain` of `PrunableDense` with few
-weights left, a `SparseTrainer`. After the last step, even if it throws, call [`store!`](@ref).
+What [`step!`](@ref) trains fastest as long as masks stay as they are: a `DenseTrainer`, or, of a `Chain` of `PrunableDense` with
+few weights left, a `SparseTrainer`. After the last step, even if it throws, call [`store!`](@ref).
 """
 function trainer(model, opt)
-    model isa Chain && all(layer -> layer isa TrainedSparse, model.layers) && density(model) <= TRAINED_SPARSE || return model
+    model isa Chain && all(layer -> layer isa TrainedSparse, model.layers) && density(model) <= TRAINED_SPARSE ||
+        return DenseTrainer(model)
     layers = collect(PrunableDense, values(model.layers))
     memories = map(inner, values(opt.layers), layers)
     leaves = [leaf for (; weight, bias) in memories for leaf in (weight, bias) if leaf isa Optimisers.Leaf]
-    allunique(objectid, leaves) && all(leaf -> is_elementwise(leaf.rule), leaves) || return model
+    allunique(objectid, leaves) && all(leaf -> is_elementwise(leaf.rule), leaves) || return DenseTrainer(model)
     trained = map((layer, memory) -> TrainedLayer(layer, memory, layer === first(layers)), layers, memories)
     return SparseTrainer(model, opt, trained, Dict{Int,Vector{Workspace}}(), Vector{Slopes}[], false)
 end
@@ -167,7 +168,7 @@ is_current((; mask, products)::TrainedLayer) =
     count(mask) == length(products.places) && all(place -> mask[place], products.places)
 
 "Put what a trainer has into its model and optimiser state; return the model."
-store!(model) = model
+store!(trainer::DenseTrainer) = trainer.model
 function store!(trainer::SparseTrainer)
     trainer.loaded && foreach(store!, trainer.layers)
     trainer.loaded = false
@@ -182,7 +183,7 @@ end
 
 function step!(loss, trainer::SparseTrainer, opt, x, y)
     (; model, layers) = trainer
-    x isa Matrix{Float32} || return step!(loss, store!(trainer), opt, x, y)
+    x isa Matrix{Float32} && !isempty(x) || return step!(loss, store!(trainer), opt, x, y)
     Flux._size_check(first(model), x, 1 => inputs(first(layers)))
     load!(trainer)
     share_items((_, layer) -> refresh!(layer.products), layers)
@@ -205,6 +206,7 @@ function step!(loss, trainer::SparseTrainer, opt, x, y)
     end
     value, (dŷ,) = Flux.withgradient(ŷ -> loss(ŷ, y), ŷ)
     isfinite(value) || throw(DomainError(value, "the training loss is not finite; try a lower learning rate"))
+    isnothing(dŷ) && return value # it does not depend on the outputs
     share_items(groups) do g, group
         foreach(fill_zero!, trainer.slopes[g])
         foreach(p -> backward_panel!(trainer.slopes[g], spaces[p], layers, dŷ, panels[p], width), group)

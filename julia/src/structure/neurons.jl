@@ -5,7 +5,8 @@ Whole neurons: their incoming and their outgoing weights; never the outputs of t
 whole network, or with `layerwise` within their layer; a sparsity is a share of neurons, and with `layerwise` may be one
 per competing hidden layer. A neuron's score is the `norm` of the scores of its kept incoming weights, with
 [`Magnitude`](@ref) the L1 or, with `norm = 2`, L2 norm of its weights (Li et al. 2017, arXiv:1608.08710), or what a criterion
-about neurons gives. [`compact`](@ref) then makes the network smaller.
+about neurons gives. Of neurons some of whose weights are pruned already, more may go: those that are left without incoming or
+without outgoing weights. [`compact`](@ref) then makes the network smaller.
 
 The neurons of a convolution are its filters. For a `Chain` of prunable layers with, between them, parts that act on
 each channel alone.
@@ -25,6 +26,10 @@ Base.@kwdef struct Neurons
     norm::Float64 = 1
     exclude::Any = ()
     min_kept::Int = 0
+    function Neurons(layerwise, norm, exclude, min_kept)
+        1 <= norm < Inf || throw(ArgumentError("Neurons' norm must be at least 1, and finite, not $norm"))
+        return new(layerwise, norm, exclude, min_kept)
+    end
 end
 
 function competitors(::Neurons, masks)

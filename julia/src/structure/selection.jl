@@ -113,7 +113,7 @@ function contest(structure, masks, sparsity)
     keep = map(groups) do places
         s = targets[findfirst(==(first(first(places))), layers)]
         n, kept = sum(length, at(units, places)), kept_at(units, places)
-        target = n - round(Int, s * n)
+        target = n - round(Int, Float64(s) * n)
         target <= kept || throw(ArgumentError("sparsity = $s asks for $(n - target) of $n, but $(n - kept) are pruned \
             already in $(place_name(places)), and pruned stays pruned"))
         target
@@ -140,6 +140,7 @@ usual_sparsity(structure::NofM) = (structure.m - structure.n) / structure.m
 
 "The numbers of the layers that take part, of `n` prunable ones of which the first `m` could."
 function competing(structure, n, m)
+    structure.min_kept >= 0 || throw(ArgumentError("min_kept must be at least 0, not $(structure.min_kept)"))
     excluded = map(collect(structure.exclude)) do i
         1 <= abs(i) <= n || throw(ArgumentError("exclude must be numbers of prunable layers, 1 to $n or -1 to -$n, not $i"))
         i < 0 ? n + 1 + i : i
@@ -169,6 +170,8 @@ end
 "The sparsity asked for in each competing layer."
 function layer_sparsities(structure, masks, layers, sparsity)
     per_layer = structure isa Union{Layerwise,PerOutput} || structure isa Neurons && structure.layerwise
+    sparsity isa Real || sparsity isa Union{AbstractVector,Tuple} && all(s -> s isa Real, sparsity) || throw(ArgumentError(
+        "sparsity must be a number, or numbers, not $(repr(sparsity))"))
     sparsity isa Real || per_layer && length(sparsity) == length(layers) || throw(DimensionMismatch(
         "sparsity must be one number$(per_layer ? " or one per competing layer ($(length(layers)))" : ""), \
          not $(length(sparsity)) numbers with $(nameof(typeof(structure)))"))
