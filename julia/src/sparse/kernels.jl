@@ -138,11 +138,22 @@ function multiply!(y::Matrix{Float32}, x::Union{Matrix{Float32},Rows}, kernel::S
             input = block(x, (b - 1) * kernel.block, kernel.block, width)
             bias = b == 1 ? pointer(kernel.bias) : C_NULL
             at = over_block(multiply_rows!, at, kernel, b, pointer(y), bytes(width), input, bytes(width), bias,
-                            kernel.relu && b == n, width)
+                            kernel.relu && b == n, width, SideBySide())
         end
     end
     return y
 end
+
+"""
+How the vectors of inputs are placed that a weight is multiplied with: the V of a place side by side, and those of the next place
+`step` places on.
+"""
+struct Apart{V,step} end
+const SideBySide = Apart{1,1}
+Apart(V, step) = step == 1 ? SideBySide() : Apart{V,step}()
+
+"Where the `v`-th vector is, in bytes after the first."
+@inline place(::Apart{V,step}, v) where {V,step} = ((v - 1) ÷ V * V * step + (v - 1) % V) * sizeof(Lane)
 
 "Where a kernel's next weights are."
 struct NextWeights{C}
@@ -178,25 +189,26 @@ number. Returns what `f` does, and where the next weights are.
     return map(f, values, starts, others), after(at, sum(others))
 end
 
-@inline function multiply_rows!(at, counts, rows, y, between_outputs, x, between_inputs, bias, relu, width)
+@inline function multiply_rows!(at, counts, rows, y, between_outputs, x, between_inputs, bias, relu, width, layout)
     sums = bias == C_NULL ? map(i -> (@inline; load(y + i * between_outputs, width)), rows) :
            map(i -> (@inline; ntuple(Returns(Lane(unsafe_load(bias, i + 1))), width)), rows)
     for _ in 1:first(counts)
         weights, inputs = next(at, Val(length(rows)), x, between_inputs)
-        sums, at = map(add_product, sums, weights, inputs), after(at, length(rows))
+        sums = map((row, w, input) -> (@inline; add_product(row, w, input, layout)), sums, weights, inputs)
+        at = after(at, length(rows))
     end
     if last(counts) > first(counts)
-        sums, at = over_others((row, start, n) -> (@inline; add_products(row, start, n, x, between_inputs)), sums, at, counts)
+        sums, at = over_others((row, start, n) -> (@inline; add_products(row, start, n, x, between_inputs, layout)), sums, at, counts)
     end
     relu && (sums = map(row -> (@inline; map(s -> max(s, zero(s)), row)), sums))
     map((i, row) -> (@inline; store!(y + i * between_outputs, row, width)), rows, sums)
     return at
 end
 
-@inline function add_products(sums, at, n, x, between)
+@inline function add_products(sums, at, n, x, between, layout)
     for _ in 1:n
         (weight,), (input,) = next(at, Val(1), x, between)
-        sums, at = add_product(sums, weight, input), after(at, 1)
+        sums, at = add_product(sums, weight, input, layout), after(at, 1)
     end
     return sums
 end
@@ -222,9 +234,10 @@ bytes(::Val{V}) where {V} = V * sizeof(Lane)
 @inline load_weights(::Type{Int32}, p, ::Val{4}) = ntuple(c -> Lane(unsafe_load(p, c)), Val(4))
 
 @inline splat(vector, ::Val{i}) where {i} = shufflevector(vector, Val(ntuple(Returns(i), Val(LANES))))
-@inline add_product(sums::NTuple{N}, w, x) where {N} =
-    ntuple(v -> muladd(w, vload(Lane, x + (v - 1) * sizeof(Lane)), sums[v]), Val(N))
+@inline add_product(sums::NTuple{N}, w, x, layout) where {N} =
+    ntuple(v -> (@inline; muladd(w, vload(Lane, x + place(layout, v)), sums[v])), Val(N))
 @inline load(p, ::Val{V}, stride = sizeof(Lane)) where {V} = ntuple(v -> vload(Lane, p + (v - 1) * stride), Val(V))
+@inline load(p, ::Val{N}, layout::Apart) where {N} = ntuple(v -> (@inline; vload(Lane, p + place(layout, v))), Val(N))
 @inline store!(p, vectors, ::Val{V}, stride = sizeof(Lane)) where {V} =
     ntuple(v -> (vstore(vectors[v], p + (v - 1) * stride); nothing), Val(V))
 

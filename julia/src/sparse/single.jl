@@ -125,7 +125,7 @@ function multiply_places!(y, x, kernel::Union{DenseKernel,SparseWindows})
     (; rows) = kernel.windows
     n, behind, plane, out = row_length(kernel.windows), outputs(kernel), corners(kernel.windows), 0
     GC.@preserve x y kernel multiply_row!(pointer(y, behind + 1), plane * sizeof(Float32), pointer(x), sizeof(Float32),
-                                          plane ÷ LANES, 1, kernel, Val(1))
+                                          plane ÷ LANES, kernel, Val(1), SideBySide())
     @inbounds for output in eachindex(bias(kernel)), corner in rows
         at = behind + (output - 1) * plane + corner + 1
         for place in 0:(n - 1)

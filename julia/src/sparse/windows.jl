@@ -121,32 +121,36 @@ outputs(scaling::Scaling) = scaling.features
 vectors(::Type{DenseKernel}) = MAX_VECTORS
 vectors(::Type{SparseWindows}) = CHUNK_HEIGHT > 1 ? 7 : MAX_VECTORS
 
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, width::Val)
+function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, width::Val{V}) where {V}
+    return multiply_windows!(y, x, kernel, width, Apart(V, row_step(kernel.windows)))
+end
+
+function multiply_windows!(y, x, kernel, width, layout)
     (; rows) = kernel.windows
     n, feature = row_length(kernel.windows), bytes(width)
     GC.@preserve x y kernel for (r, corner) in enumerate(rows)
         multiply_row!(pointer(y) + (r - 1) * n * feature, n * length(rows) * feature, pointer(x) + corner * feature, feature, n,
-                      row_step(kernel.windows), kernel, width)
+                      kernel, width, layout)
     end
     return y
 end
 
 """
-The outputs at `n` places of a row, of V vectors each, for `y` and `x` at the first; from an output to the next it is `plane` bytes,
-from a feature to the next `feature`.
+The outputs at `n` places of a row, of as many vectors each as a panel is wide, for `y` and `x` at the first; from an output to the
+next it is `plane` bytes, from a feature to the next `feature`.
 """
-function multiply_row!(y, plane, x, feature, n, step, kernel::SparseWindows, width)
-    over_places(n, step, Val(vectors(SparseWindows)), width) do i, sums
-        multiply_places!(y + i * bytes(width), plane, x + i * step * bytes(width), feature, kernel.kernel, sums)
+function multiply_row!(y, plane, x, feature, n, kernel::SparseWindows, width, layout::Apart{<:Any,step}) where {step}
+    over_places(n, Val(vectors(SparseWindows)), width) do i, sums
+        multiply_places!(y + i * bytes(width), plane, x + i * step * bytes(width), feature, kernel.kernel, sums, layout)
     end
     return nothing
 end
 
-function multiply_row!(y, plane, x, feature, n, step, kernel::DenseKernel, width)
+function multiply_row!(y, plane, x, feature, n, kernel::DenseKernel, width, layout::Apart{<:Any,step}) where {step}
     for g in axes(kernel.packed, 3)
         to = y + (g - 1) * GROUP * plane
-        over_places(n, step, Val(vectors(DenseKernel)), width) do i, sums
-            multiply_places!(to + i * bytes(width), plane, x + i * step * bytes(width), feature, kernel, g, sums)
+        over_places(n, Val(vectors(DenseKernel)), width) do i, sums
+            multiply_places!(to + i * bytes(width), plane, x + i * step * bytes(width), feature, kernel, g, sums, layout)
         end
     end
     return nothing
@@ -156,10 +160,10 @@ end
 Call `f` for some of `n` places after the other, which together have at most `most` vectors of V each: with the first of them, from
 0, and the number of their vectors.
 """
-@inline function over_places(f, n, step, most::Val{M}, width::Val{V}) where {M,V}
-    at_once, i = step == 1 ? M ÷ V : 1, 0
+@inline function over_places(f, n, most::Val{M}, width::Val{V}) where {M,V}
+    i = 0
     while i < n
-        places = cld(n - i, cld(n - i, at_once)) # that none are left alone
+        places = cld(n - i, cld(n - i, M ÷ V)) # that none are left alone
         with_vectors(f, i, places * V, Val(M ÷ V * V), width)
         i += places
     end
@@ -168,21 +172,21 @@ end
 @inline with_vectors(f, i, n, vectors::Val{N}, width::Val{V}) where {N,V} =
     N == V || n == N ? f(i, vectors) : with_vectors(f, i, n, Val(N - V), width)
 
-function multiply_places!(y, plane, x, feature, kernel::SparseKernel, vectors)
+function multiply_places!(y, plane, x, feature, kernel::SparseKernel, vectors, layout)
     at, n = NextWeights(pointer(kernel.columns), pointer(kernel.values)), length(kernel.singles)
     for b in 1:n
         bias = b == 1 ? pointer(kernel.bias) : C_NULL
-        at = over_block(multiply_rows!, at, kernel, b, y, plane, x, feature, bias, kernel.relu && b == n, vectors)
+        at = over_block(multiply_rows!, at, kernel, b, y, plane, x, feature, bias, kernel.relu && b == n, vectors, layout)
     end
     return nothing
 end
 
-function multiply_places!(y, plane, x, feature, kernel::DenseKernel, g, ::Val{N}) where {N}
+function multiply_places!(y, plane, x, feature, kernel::DenseKernel, g, ::Val{N}, layout) where {N}
     n, taps = length(kernel.taps), pointer(kernel.taps)
     weights = pointer(kernel.packed) + (g - 1) * GROUP * n * sizeof(Float32)
     sums = ntuple(_ -> ntuple(_ -> zero(Lane), Val(N)), Val(GROUP))
     for k in 1:n
-        sums = add_row(sums, load(x + unsafe_load(taps, k) * feature, Val(N)), weights + (k - 1) * GROUP * sizeof(Float32))
+        sums = add_row(sums, load(x + unsafe_load(taps, k) * feature, Val(N), layout), weights + (k - 1) * GROUP * sizeof(Float32))
     end
     for i in 1:min(GROUP, length(kernel.bias) - (g - 1) * GROUP)
         b = @inbounds kernel.bias[(g - 1) * GROUP + i]
@@ -251,7 +255,10 @@ outputs(kernel::PooledWindows) = outputs(kernel.pool) * pooled_rows(kernel)
 room(kernel) = outputs(kernel)
 room(kernel::PooledWindows) = outputs(kernel) + inputs(kernel.pool)
 
-function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::PooledWindows, width::Val)
+multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::PooledWindows, width::Val{V}) where {V} =
+    multiply_windows!(y, x, kernel, width, Apart(V, row_step(kernel.convolution.windows)))
+
+function multiply_windows!(y, x, kernel::PooledWindows, width, layout)
     (; convolution, pool) = kernel
     corners, feature = convolution.windows.rows, bytes(width)
     n, pooled, m = row_length(convolution.windows), pooled_rows(kernel), row_length(pool.windows)
@@ -259,7 +266,7 @@ function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::PooledWindows
         plane, between = pointer(y) + outputs(kernel) * feature, pool.windows.plane * feature
         for k in 0:(pool.windows.input[2] - 1)
             multiply_row!(plane + k * n * feature, between, pointer(x) + corners[r * kernel.rows + k + 1] * feature, feature, n,
-                          row_step(convolution.windows), convolution, width)
+                          convolution, width, layout)
         end
         for channel in 0:(channels(pool.windows) - 1)
             pool_row!(pointer(y) + (channel * pooled + r) * m * feature, plane + channel * between, pool, width)
