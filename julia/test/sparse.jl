@@ -101,6 +101,22 @@ end
     @test empty(randn(rng, Float32, 4, 2)) == ones(3, 2)
 end
 
+@testset "neurons without consequence are not computed" begin
+    rng = Xoshiro(3)
+    model = mlp(rng, 20, 12, 9, 3)
+    model[2].mask[:, 1:5] .= false # nothing comes out of these
+    model[3].mask[:, 7:9] .= false
+    model[2].mask[2:3, :] .= false # and nothing goes into these
+    mask!(model)
+    x = randn(rng, Float32, 20, 70)
+    for kernels in (:sparse, :dense)
+        fast = sparsify(model; kernels)
+        @test map(layer -> PrunableFlux.outputs(layer.kernel), fast.panels) == [7, 4, 3]
+        @test relative(fast(x), model(x)) < 1e-5 && relative(fast(x[:, 1]), model(x[:, 1])) < 1e-5
+        @test repr(fast) == "SparseNetwork(20 => 12 => 9 => 3; density=$(round(density(model); sigdigits = 3)))"
+    end
+end
+
 @testset "training on kept weights is training: trial $trial" for trial in 1:30
     rng = Xoshiro(trial)
     widths = [rand(rng, (1, 3, 17, 64, 200), rand(rng, 1:3)); 4]

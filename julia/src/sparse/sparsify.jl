@@ -34,8 +34,9 @@ const PANEL_BYTES = 2^19
 """
     sparsify(model; kernels = :auto, input_size = nothing) -> SparseNetwork
 
-The network as a function whose work is proportional to the weights that are kept: outputs as those of `model` to
-rounding, `(outputs, n)` for inputs `(features, n)`, in `Float32`. For a `Chain` of prunable layers (without `groups`) with, between
+The network as a function whose work is proportional to the weights that are kept, but for those of neurons without consequence,
+which [`compact`](@ref) takes out: outputs as those of `model` to rounding, `(outputs, n)` for inputs `(features, n)`, in
+`Float32`. For a `Chain` of prunable layers (without `groups`) with, between
 them, `BatchNorm`, `Dropout`, pooling and `Flux.flatten`, in test mode; later changes of `model` do not reach it. It uses
 the threads that Julia was started with, for batches. If the first layer is a convolution, `input_size` is needed, the size of
 a sample `(width, height, channels)`.
@@ -59,8 +60,8 @@ true
 ```
 """
 function sparsify(model; kernels = :auto, input_size = nothing)
-    layers, parts = sequence(model)
-    parts = foldl(with_part, parts; init = Any[])
+    layers, _ = sequence(model)
+    parts = foldl(with_part, last(sequence(compact(model))); init = Any[])
     choices = kernels isa Symbol ? fill(kernels, length(layers)) : kernels
     length(choices) == length(layers) && all(in((:auto, :sparse, :dense)), choices) || throw(ArgumentError(
         "kernels must be :auto, :sparse or :dense, or one of these per layer ($(length(layers))), not $(repr(kernels))"))
@@ -68,9 +69,9 @@ function sparsify(model; kernels = :auto, input_size = nothing)
     dims = input_dims(parts, input_size)
     possible, sizes = Candidates[], Dims[dims]
     for part in parts
-        made, dims = candidates(part, dims, part isa Prunable ? popfirst!(choices) : :auto)
+        made, dims = candidates(part, dims, part isa Prunable ? choices[length(sizes)] : :auto)
         append!(possible, made)
-        part isa Prunable && push!(sizes, dims)
+        part isa Prunable && push!(sizes, (Base.front(dims)..., size(layers[length(sizes)].mask, output_dim(part))))
     end
     kernels_of_panels = foldl(with_pooling, possible; init = Tuple[])
     largest = maximum(((kernels, _),) -> max(inputs(first(kernels)), room(first(kernels))), kernels_of_panels)
