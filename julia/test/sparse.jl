@@ -33,6 +33,20 @@ for (place, answer) in ((With, "true"), (Without, "false"))
 end
 end
 
+@testset "transposition, and whether all is finite" begin
+    for rows in (1, 4, 15, 16, 37, 64), columns in (1, 3, 4, 10, 16, 26, 40)
+        from, to = randn(Float32, rows + 2, columns), fill(-7.0f0, columns + 3, rows)
+        transpose!() = GC.@preserve from to PrunableFlux.transpose_into!(pointer(to), columns + 3, pointer(from), rows + 2, rows,
+                                                                       columns)
+        @test transpose!() && to[1:columns, :] == permutedims(from[1:rows, :]) && all(==(-7), to[(columns + 1):end, :])
+        for place in CartesianIndices((rows, columns))
+            from[place] = rand((NaN32, Inf32, -Inf32))
+            transpose!() && error("$(from[place]) at $place of ($rows, $columns) was not seen")
+            from[place] = 1
+        end
+    end
+end
+
 @testset "sparse kernels, chunks of $(kernels.CHUNK_HEIGHT)" for kernels in (OtherProcessors.With, OtherProcessors.Without)
     rng = Xoshiro(1)
     for (inputs, outputs) in ((1, 1), (3, 2), (17, 5), (300, 100), (500, 33)), density in (0.02, 0.3, 1)

@@ -316,7 +316,13 @@ function transpose_into!(to, to_stride, from, from_stride, rows, columns)
         zeros = sum_of_zeros(zeros, tile)
         store!(to + 4 * (j + i * to_stride), tile, Val(4), 4 * to_stride)
     end
-    for j in 0:(columns - 1), i in (j < tiled_columns ? tiled_rows : 0):(rows - 1)
+    long_rows, long_columns = rows - rows % LANES, columns - (columns - tiled_columns) % 4
+    for j in tiled_columns:4:(long_columns - 1), i in 0:LANES:(long_rows - 1)
+        tile = transposed_quarters(load(from + 4 * (i + j * from_stride), Val(4), 4 * from_stride)...)
+        zeros = sum_of_zeros(zeros, tile)
+        store_quarters!(to + 4 * (j + i * to_stride), tile, 4 * to_stride)
+    end
+    for j in 0:(columns - 1), i in (j < tiled_columns ? tiled_rows : j < long_columns ? long_rows : 0):(rows - 1)
         value = unsafe_load(from + 4 * (i + j * from_stride))
         one_by_one = muladd(value, 0.0f0, one_by_one)
         unsafe_store!(to + 4 * (j + i * to_stride), value)
@@ -331,15 +337,23 @@ end
 Four rows of LANES columns, from columns of four values each: column 4i + k goes to the i-th quarter of the k-th vector,
 where loads can put it, so that what is left are transpositions of 4 × 4 within each quarter.
 """
-@inline function tile_of_rows(p, stride)
-    ab = interleaved(quarters(p, 4stride), quarters(p + stride, 4stride))
-    cd = interleaved(quarters(p + 2stride, 4stride), quarters(p + 3stride, 4stride))
+@inline tile_of_rows(p, stride) = transposed_quarters(quarters(p, 4stride), quarters(p + stride, 4stride),
+                                                      quarters(p + 2stride, 4stride), quarters(p + 3stride, 4stride))
+
+@inline function transposed_quarters(a, b, c, d)
+    ab, cd = interleaved(a, b), interleaved(c, d)
     return (quarterwise(ab[1], cd[1], Val((0, 1, 16, 17))), quarterwise(ab[1], cd[1], Val((2, 3, 18, 19))),
             quarterwise(ab[2], cd[2], Val((0, 1, 16, 17))), quarterwise(ab[2], cd[2], Val((2, 3, 18, 19))))
 end
 
 @inline quarters(p, stride) = joined(joined(quarter(p), quarter(p + stride)), joined(quarter(p + 2stride), quarter(p + 3stride)))
 @inline quarter(p) = vload(Vec{4,Float32}, p)
+@inline store_quarters!(p, vectors, stride) = ntuple(Val(LANES)) do row
+    @inline
+    vstore(nth_quarter(vectors[(row - 1) % 4 + 1], Val((row - 1) ÷ 4)), p + (row - 1) * stride)
+    return nothing
+end
+@inline nth_quarter(vector, ::Val{q}) where {q} = shufflevector(vector, Val(ntuple(i -> 4q + i - 1, Val(4))))
 @inline joined(a::Vec{N}, b::Vec{N}) where {N} = shufflevector(a, b, Val(ntuple(i -> i - 1, Val(2N))))
 @inline interleaved(a, b) = quarterwise(a, b, Val((0, 16, 1, 17))), quarterwise(a, b, Val((2, 18, 3, 19)))
 @inline quarterwise(a, b, ::Val{lanes}) where {lanes} =
