@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,13 +37,15 @@ from .choices import (
     check_choice,
     check_count,
     check_match,
+    check_number,
     flag,
     from_json,
+    shown,
     sparsities,
     to_json,
 )
 from .datasets import Dataset
-from .engines import Layer, Model, get_engine
+from .engines import Layer, Model, check_engine, get_engine
 from .engines.parts import Int, Part, arrays, check_batches, copies, masked
 from .errors import InvalidInput, LayerCollapse
 from .files import naming, to_path
@@ -120,13 +123,10 @@ class Plan:
         return {k: to_json(v) if isinstance(v, Choice) else v for k, v in values.items()}
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> Plan:
+    def from_json(value: object) -> Plan:
         """Return the plan that ``to_json`` wrote; InvalidInput if it is none."""
-        try:
-            given = {f.name: value[f.name] for f in fields(Plan)}
-        except (KeyError, TypeError) as error:
-            raise InvalidInput(f"the plan of a run must be an object with {error}") from error
-        return Plan(**{k: from_json(v) if isinstance(v, dict) else v for k, v in given.items()})
+        given = _held("the plan of a run", value, *(f.name for f in fields(Plan)))
+        return Plan(*(from_json(v) if isinstance(v, dict) else v for v in given))
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,12 @@ class LayerDensity:
 
     name: str
     density: float
+
+    @staticmethod
+    def from_json(value: object) -> LayerDensity:
+        """Return what JSON holds; InvalidInput if it is none."""
+        name, density = _held("a layer", value, "name", "density")
+        return LayerDensity(_typed("a layer's name", name, str), check_number("density", density, 0, math.inf))
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,21 @@ class Round:
     seconds: float
     layers: tuple[LayerDensity, ...]
 
+    @staticmethod
+    def from_json(value: object) -> Round:
+        """Return the round that JSON holds; InvalidInput if it is none."""
+        given = _held("a round", value, *(f.name for f in fields(Round)))
+        number, sparsity, accuracy, loss, nonzero, seconds, layers = given
+        return Round(
+            check_count("round", number, 0),
+            check_number("sparsity", sparsity, 0, math.inf),
+            check_number("accuracy", accuracy, 0, math.inf),
+            check_number("loss", loss, 0, math.inf),
+            check_count("nonzero", nonzero, 0),
+            check_number("seconds", seconds, 0, math.inf),
+            tuple(map(LayerDensity.from_json, _typed("a round's layers", layers, list))),
+        )
+
 
 @dataclass
 class Run:
@@ -168,6 +189,7 @@ class Run:
     Attributes:
         network: the network as it is after the last round.
         data: the name of the data set.
+        fingerprint: that of the data set.
         plan: the choices.
         parameters: weights and biases of the dense network, those of batch normalisation too.
         versions: of everything the numbers depend on.
@@ -178,6 +200,7 @@ class Run:
 
     network: Network
     data: str
+    fingerprint: str
     plan: Plan
     parameters: int
     versions: dict[str, Any]
@@ -197,6 +220,7 @@ class Run:
         return {
             "engine": self.network.engine,
             "data": self.data,
+            "fingerprint": self.fingerprint,
             "seed": self.plan.seed,
             "baseline": baseline,
             "rounds": [asdict(r) for r in self.rounds],
@@ -205,19 +229,29 @@ class Run:
         }
 
     @staticmethod
-    def from_json(value: dict[str, Any], network: Network) -> Run:
-        """Return the run that ``to_json`` wrote; InvalidInput if it is none."""
-        plan = Plan.from_json(value.get("plan", {}))
-        try:
-            first = dict(value["baseline"])
-            parameters = first.pop("parameters")
-            baseline, *rounds = [
-                Round(**r | {"layers": tuple(LayerDensity(**la) for la in r["layers"])})
-                for r in (first, *value["rounds"])
-            ]
-            return Run(network, value["data"], plan, parameters, value["versions"], baseline, rounds)
-        except (KeyError, TypeError) as error:
-            raise InvalidInput(f"the record of a run is damaged: {error}") from error
+    def from_json(value: object, parts: Sequence[Part], engine: str | None = None) -> Run:
+        """Return the run that ``to_json`` wrote, its network of these parts; InvalidInput if it is none.
+
+        The network is on the engine of the run, unless another is named.
+        """
+        names = ("engine", "data", "fingerprint", "plan", "versions", "baseline", "rounds")
+        own, data, fingerprint, plan, versions, first, others = _held("the record of a run", value, *names)
+        check_engine(own)
+        made, (parameters,) = Plan.from_json(plan), _held("the baseline", first, "parameters")
+        baseline, *rounds = map(Round.from_json, (first, *_typed("rounds", others, list)))
+        last = len(made.schedule)
+        if [r.round for r in (baseline, *rounds)] != list(range(last + 1))[: len(rounds) + 1]:
+            raise InvalidInput(f"rounds must be 1, 2, … up to {last}, the last of the schedule")
+        return Run(
+            build(parts, engine or own),
+            _typed("data", data, str),
+            _typed("fingerprint", fingerprint, str),
+            made,
+            check_count("parameters", parameters, 1),
+            _typed("versions", versions, dict),
+            baseline,
+            rounds,
+        )
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Write a picture of accuracy against the weights that are left; the ending (.png, .svg, …) says its kind.
@@ -238,6 +272,20 @@ class Run:
         folder = rundir.claim(directory)
         rundir.write(folder, self.to_json(), self.network.parts)
         self.plot(folder / rundir.CURVE)
+
+
+def _held(what: str, value: object, *names: str) -> list[Any]:
+    """Return what a JSON object holds under these names; InvalidInput unless it is one that holds them."""
+    if isinstance(value, dict) and value.keys() >= set(names):
+        return [value[name] for name in names]
+    raise InvalidInput(f"{what} must be an object with {', '.join(names)}, not {shown(value)}")
+
+
+def _typed(what: str, value: object, kind: type) -> Any:
+    """Return a value of JSON; InvalidInput unless it is of this type."""
+    if type(value) is kind:
+        return value
+    raise InvalidInput(f"{what} must be of the type {kind.__name__}, not {shown(value)}")
 
 
 def iterative_prune(
@@ -296,17 +344,25 @@ def resume(
         progress: as for ``iterative_prune``.
 
     Raises:
-        InvalidInput: there is no run there, it is damaged, or it is of other data.
+        InvalidInput: there is no run there, it is damaged, or it is of other samples.
 
     """
     folder = to_path(directory, "directory")
     check_choice("data", data, Dataset)
-    record, parts, origin = rundir.read(folder)
-    run = Run.from_json(record, build(parts, engine or record["engine"]))
+    if engine is not None:
+        check_engine(engine)
+    record, parts = rundir.read(folder)
+    with naming(folder / rundir.MODEL):
+        run = Run.from_json(record, parts, engine)
     if run.plan.every is not None:
         raise InvalidInput(f"directory must hold a run of iterative_prune; that in {folder} is of gradual_prune")
-    if data.name != run.data:
-        raise InvalidInput(f"data must be {run.data!r}, as when the run in {folder} began, not {data.name!r}")
+    if data.fingerprint != run.fingerprint:
+        raise InvalidInput(
+            f"data must be that which the run in {folder} began with, {run.data!r}, but {data.name!r} holds other "
+            "samples"
+        )
+    finetune = run.plan.finetune
+    origin = rundir.read_origin(folder, parts) if finetune and finetune.goes_back else []
     check_fit(run.network, data, run.plan, done=len(run.rounds))
     return _carry_out(run, data, folder, origin, progress)
 
@@ -316,7 +372,7 @@ def begin(net: Network, data: Dataset, plan: Plan) -> Run:
     check_fit(net, data, plan)
     trained = [arrays(part).get(name) for part in net.parts for name in ("weight", "bias")]
     parameters = sum(array.size for array in trained if array is not None)
-    return Run(net, data.name, plan, parameters, get_engine(net.engine).versions())
+    return Run(net, data.name, data.fingerprint, plan, parameters, get_engine(net.engine).versions())
 
 
 def check_fit(net: Network, data: Dataset, plan: Plan, done: int = 0) -> None:

@@ -16,8 +16,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .choices import FineTune, from_json
 from .engines import Part
+from .engines.parts import alike
 from .errors import InvalidInput
 from .files import atomic_write, read_model, to_path, write_model
 
@@ -67,8 +67,8 @@ def write(folder: Path, record: dict[str, Any], parts: Sequence[Part], origin: S
         raise InvalidInput(f"out cannot be written: {folder}: {error.strerror}") from error
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[Part], list[Part]]:
-    """Return the record, the network's parts, and what the survivors restart from (empty where nothing does).
+def read(folder: Path) -> tuple[Any, list[Part]]:
+    """Return the record, JSON that is yet to be checked, and the network's parts.
 
     Raises:
         InvalidInput: there is no run in the directory, or it is damaged.
@@ -78,11 +78,22 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Part], list[Part]]:
         raise InvalidInput(f"{folder} holds no run to resume: there is no {MODEL}")
     parts, metadata = read_model(folder / MODEL)
     try:
-        record = json.loads(metadata["run"])
-        finetune: FineTune = from_json(record["plan"]["finetune"])
-    except (KeyError, TypeError, ValueError) as error:
+        return json.loads(metadata["run"]), parts
+    except (KeyError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{folder / MODEL} holds a model but not the record of a run") from error
-    return record, parts, read_model(folder / ORIGIN)[0] if finetune and finetune.goes_back else []
+
+
+def read_origin(folder: Path, parts: Sequence[Part]) -> list[Part]:
+    """Return what the survivors of the run, a network of these parts, restart from.
+
+    Raises:
+        InvalidInput: it is missing, damaged, or of another network.
+
+    """
+    origin, _ = read_model(folder / ORIGIN)
+    if not alike(origin, parts):
+        raise InvalidInput(f"{folder / ORIGIN} does not belong to the run: its network is not that of {MODEL}")
+    return origin
 
 
 def _table(record: dict[str, Any]) -> bytes:

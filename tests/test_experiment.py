@@ -4,14 +4,17 @@ import csv
 import json
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import pyflux_prune as fp
-from pyflux_prune import experiment, rundir
+from pyflux_prune import experiment, files, rundir
 from pyflux_prune.datasets import Dataset
 
 QUICK = fp.Training(epochs=3, batchsize=32, optimiser=fp.Adam(0.01))
@@ -28,6 +31,24 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 def numbers(run: fp.Run) -> list[tuple[object, ...]]:
     assert run.baseline is not None
     return [(r.round, r.sparsity, r.accuracy, r.loss, r.nonzero, r.layers) for r in (run.baseline, *run.rounds)]
+
+
+@contextmanager
+def killed(after: int) -> Iterator[None]:
+    """Kill the run inside once it has been written this often."""
+    writes = []
+
+    def write(*arguments: Any) -> None:
+        if len(writes) == after:
+            raise KeyboardInterrupt
+        writes.append(arguments)
+        real(*arguments)
+
+    real = rundir.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rundir, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def test_a_run_reports_every_round(engine: str, blobs: Dataset) -> None:
@@ -251,7 +272,6 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     tmp_path: Path,
     finetune: object,
     pretrain: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def begin(out: Path) -> fp.Run:
         return fp.iterative_prune(
@@ -266,19 +286,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(
         )
 
     whole = begin(tmp_path / "whole")
-    writes = []
-
-    def write_twice_then_die(*arguments: object) -> None:
-        if len(writes) == 2:
-            raise KeyboardInterrupt
-        writes.append(arguments)
-        real(*arguments)  # type: ignore[arg-type]
-
-    real = rundir.write
-    with monkeypatch.context() as patch:
-        patch.setattr(rundir, "write", write_twice_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            begin(tmp_path / "cut")
+    with killed(after=2):
+        begin(tmp_path / "cut")
     assert len(json.loads((tmp_path / "cut" / "run.json").read_text())["rounds"]) == 1
     resumed = fp.resume(tmp_path / "cut", blobs)
     assert numbers(resumed) == numbers(whole)
@@ -393,6 +402,94 @@ def test_resume_says_what_is_wrong(blobs: Dataset, tmp_path: Path) -> None:
     net.save(out / "model.safetensors")
     with pytest.raises(fp.InvalidInput, match="not the record of a run"):
         fp.resume(out, blobs)
+
+
+def cut_short(blobs: Dataset, out: Path, engine: str = "torch", **options: Any) -> None:
+    """Leave a run of three rounds that was killed after round 1."""
+    net = fp.mlp([6, 8, 3], engine=engine)
+    options = {"schedule": [0.3, 0.5, 0.7], "training": QUICK} | options
+    with killed(after=2):
+        fp.iterative_prune(net, blobs, out=out, **options)
+
+
+def change_record(out: Path, change: Callable[[Any], object]) -> None:
+    parts, metadata = files.read_model(out / "model.safetensors")
+    record = json.loads(metadata["run"])
+    change(record)
+    files.write_model(out / "model.safetensors", parts, extra={"run": json.dumps(record)})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda engine: fp.mlp([6, 3], engine=engine),
+        lambda engine: fp.mlp([6, 8, 3, 3], engine=engine),
+        lambda engine: fp.mlp([2, 2, 2], engine=engine),
+        lambda engine: fp.mlp([3, 8, 6], engine=engine),
+        lambda engine: fp.mlp([6, 8, 3], activation="tanh", engine=engine),
+        lambda engine: fp.lenet5(engine=engine),
+    ],
+)
+def test_survivors_never_go_back_to_another_network(
+    engine: str, blobs: Dataset, tmp_path: Path, make: Callable[[str], fp.Network]
+) -> None:
+    cut_short(blobs, tmp_path / "run", engine)
+    make(engine).save(tmp_path / "run" / "rewind.safetensors")
+    with pytest.raises(fp.InvalidInput, match=r"rewind\.safetensors does not belong to the run"):
+        fp.resume(tmp_path / "run", blobs)
+    with pytest.raises(fp.InvalidInput, match="parts must be those of the network"):
+        fp.mlp([6, 8, 3], engine=engine).model.load(make(engine).parts)
+
+
+def test_a_run_goes_on_with_its_own_samples_only(blobs: Dataset, tmp_path: Path) -> None:
+    cut_short(blobs, tmp_path / "run")
+    y = blobs.y_train.copy()
+    y[0] = (y[0] + 1) % 3
+    for other in (
+        replace(blobs, x_train=5 * blobs.x_train),
+        replace(blobs, y_train=y),
+        replace(blobs, x_test=blobs.x_test[::-1]),
+        replace(blobs, classes=2 + blobs.classes),
+        replace(blobs, shape=(1, 2, 3)),
+    ):
+        with pytest.raises(fp.InvalidInput, match=r"data must be that which the run in .* began with"):
+            fp.resume(tmp_path / "run", other)
+    same_samples = replace(blobs, name="moved", x_train=blobs.x_train.copy())
+    assert len(fp.resume(tmp_path / "run", same_samples).rounds) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda record: record.pop("engine"), ["the record of a run", "engine"]),
+        (lambda record: record.update(engine=[1]), ["engine must be one of auto, julia, torch", "[1]"]),
+        (lambda record: record.update(data=None), ["data", "str"]),
+        (lambda record: record.update(versions=[]), ["versions", "dict"]),
+        (lambda record: record.update(plan=[]), ["the plan of a run"]),
+        (lambda record: record["plan"].pop("seed"), ["the plan of a run", "seed"]),
+        (lambda record: record["plan"].update(finetune={"name": "Magnitude", "scaled": False}), ["finetune"]),
+        (lambda record: record["plan"].update(saliency=None), ["saliency"]),
+        (lambda record: record.update(rounds=4 * record["rounds"]), ["rounds", "up to 3"]),
+        (lambda record: record["rounds"][0].update(round=2), ["rounds", "1, 2"]),
+        (lambda record: record.update(rounds={}), ["rounds", "list"]),
+        (lambda record: record.update(rounds=[3]), ["a round", "3"]),
+        (lambda record: record["rounds"][0].update(layers="0"), ["layers", "'0'"]),
+        (lambda record: record["rounds"][0].update(layers=[["0", 1.0]]), ["a layer"]),
+        (lambda record: record["rounds"][0].update(nonzero=0.5), ["nonzero", "0.5"]),
+        (lambda record: record.update(baseline="dense"), ["the baseline", "'dense'"]),
+        (lambda record: record["baseline"].update(accuracy="high"), ["accuracy", "'high'"]),
+        (lambda record: record["baseline"].update(parameters=-1), ["parameters", "-1"]),
+    ],
+)
+def test_a_damaged_record_is_named(
+    blobs: Dataset, tmp_path: Path, change: Callable[[Any], object], names: list[str]
+) -> None:
+    cut_short(blobs, tmp_path / "run")
+    change_record(tmp_path / "run", change)
+    with pytest.raises(fp.InvalidInput) as caught:
+        fp.resume(tmp_path / "run", blobs)
+    for name in ["model.safetensors", *names]:
+        assert name in str(caught.value)
 
 
 def test_training_that_diverges_says_so(engine: str, blobs: Dataset) -> None:

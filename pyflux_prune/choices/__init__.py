@@ -5,7 +5,7 @@ everywhere. Every class has the name and the fields of its Julia struct (a trail
 ``lambda_``, is dropped on the way), so that one conversion serves them all.
 """
 
-from .checks import Choice, Sparsity, check_choice, check_count, check_number, check_sparsity, flag
+from .checks import Choice, Sparsity, check_choice, check_count, check_number, check_sparsity, flag, shown
 from .finetune import (
     FINETUNES,
     Continue,
@@ -124,6 +124,7 @@ __all__ = [
     "flag",
     "from_json",
     "schedule_by_name",
+    "shown",
     "sparsities",
     "to_json",
 ]

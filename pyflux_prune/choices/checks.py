@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -13,6 +14,23 @@ from ..errors import InvalidInput
 
 Sparsity = float | tuple[float, ...]
 """One sparsity, or one per competing layer."""
+
+
+class _Brief(reprlib.Repr):
+    """As ``reprlib`` abbreviates, but long enough for a choice or a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring, self.maxother = 80, 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Return the digits, which Python refuses to write where they are thousands."""
+        return repr(x) if x.bit_length() < 128 else f"a whole number of {x.bit_length()} bits"
+
+
+def shown(value: object) -> str:
+    """Return what messages call a value that someone gave: on one line, abbreviated where it is long."""
+    return " ".join(_Brief().repr(value).split())
 
 
 def check_number(
@@ -27,7 +45,7 @@ def check_number(
         if low <= number < high and not (open_low and number == low):
             return number
     raise InvalidInput(
-        f"{name} must be a number in {'(' if open_low else '['}{low:g}, {high:g}){otherwise}, not {value!r}"
+        f"{name} must be a number in {'(' if open_low else '['}{low:g}, {high:g}){otherwise}, not {shown(value)}"
     )
 
 
@@ -45,7 +63,7 @@ def check_count(name: str, value: object, low: int, *, below: int | None = None)
     if whole and low <= value and (below is None or value < below):  # type: ignore[operator]
         return int(value)  # type: ignore[call-overload,no-any-return]
     limit = "" if below is None else f" and below {below}"
-    raise InvalidInput(f"{name} must be a whole number of at least {low}{limit}, not {value!r}")
+    raise InvalidInput(f"{name} must be a whole number of at least {low}{limit}, not {shown(value)}")
 
 
 def check_choice(name: str, value: object, *kinds: type) -> None:
@@ -53,7 +71,7 @@ def check_choice(name: str, value: object, *kinds: type) -> None:
     allowed = [c for kind in kinds for c in kind.__subclasses__() or [kind]]
     if not isinstance(value, tuple(allowed)):
         *names, last = ("None" if c is type(None) else c.__name__ for c in allowed)
-        raise InvalidInput(f"{name} must be {', '.join(names)}{' or ' if names else ''}{last}, not {value!r}")
+        raise InvalidInput(f"{name} must be {', '.join(names)}{' or ' if names else ''}{last}, not {shown(value)}")
 
 
 def share(name: str, value: object) -> Any:
@@ -75,7 +93,7 @@ def flag(name: str, value: object) -> bool:
     """Return True or False; InvalidInput for anything else."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    raise InvalidInput(f"{name} must be True or False, not {value!r}")
+    raise InvalidInput(f"{name} must be True or False, not {shown(value)}")
 
 
 positive = number(0, math.inf, open_low=True)

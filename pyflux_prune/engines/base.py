@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ..choices import Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import InvalidInput, LayerCollapse
-from .parts import Float, Int, Layer, Part, prunable
+from .parts import Float, Int, Layer, Part, alike, prunable
 
 Scores = npt.NDArray[np.floating[Any]]
 """Most criteria are computed in float64."""
@@ -44,9 +44,15 @@ class Model(ABC):
         """Return the parts that can be pruned."""
         return prunable(self.parts())
 
-    @abstractmethod
     def load(self, parts: Sequence[Part]) -> None:
-        """Copy all arrays of these parts in; all else is that of the model."""
+        """Copy all arrays of these parts in; InvalidInput unless all else is as in the model."""
+        if not alike(self.parts(), parts):
+            raise InvalidInput("parts must be those of the network, but for the values in their arrays")
+        self._load(parts)
+
+    @abstractmethod
+    def _load(self, parts: Sequence[Part]) -> None:
+        """Do what ``load`` promises, for parts that fit."""
 
     @abstractmethod
     def forward(self, x: Float) -> Float:

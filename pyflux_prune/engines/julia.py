@@ -295,8 +295,7 @@ class JuliaModel(Model):
             found.append(part)
         return found
 
-    def load(self, parts: Sequence[Part]) -> None:
-        """Copy all arrays of these parts in."""
+    def _load(self, parts: Sequence[Part]) -> None:
         load = getattr(_bridge(), "load!")
         given = [_row_major(part) for part in parts if not isinstance(part, Input)]  # alive until they are copied
         for place, part in enumerate(given, start=1):

@@ -280,6 +280,17 @@ def check_batches(parts: Sequence[Part], samples: int, batchsize: int) -> None:
             )
 
 
+def alike(some: Sequence[Part], others: Sequence[Part]) -> bool:
+    """Return whether parts are the same, in the same order, but for the values in their arrays."""
+    return [_outline(part) for part in some] == [_outline(part) for part in others]
+
+
+def _outline(part: Part) -> dict[str, Any]:
+    """Return the type and the fields of a part, with the dtypes and shapes of arrays in their place."""
+    described = {name: (array.dtype, array.shape) for name, array in arrays(part).items()}
+    return {"type": type(part), **vars(part), **described}
+
+
 def copies(parts: Sequence[Part]) -> list[Part]:
     """Return the parts with arrays of their own."""
     return [with_arrays(part, {name: array.copy() for name, array in arrays(part).items()}) for part in parts]

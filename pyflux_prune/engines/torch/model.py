@@ -70,8 +70,7 @@ class TorchModel(Model):
         self._zero_pruned()
         return list(self._parts)
 
-    def load(self, parts: Sequence[Part]) -> None:
-        """Copy all arrays of these parts in; all else is that of the model."""
+    def _load(self, parts: Sequence[Part]) -> None:
         for mine, given in zip(self._parts, parts, strict=True):
             for name, array in arrays(mine).items():
                 array[:] = getattr(given, name)
