@@ -49,6 +49,24 @@ def test_torch_and_julia_live_together_in_either_order(first: str) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.julia
+@pytest.mark.parametrize("first", ["import juliacall", ""])
+def test_threads_may_need_julia_at_the_same_time(first: str) -> None:
+    done = run_python(
+        f"""
+{first}
+import threading
+import pyflux_prune as fp
+def use():
+    print(fp.mlp([4, 3, 2], engine="julia")([1, 2, 3, 4]).shape)
+threads = [threading.Thread(target=use) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    )
+    assert (done.returncode, done.stdout) == (0, 4 * "(2,)\n"), done.stderr
+
+
 THREADS = """
 import os
 from pyflux_prune.engines import julia

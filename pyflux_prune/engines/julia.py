@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ from ..choices import Choice, Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import Diverged, EngineUnavailable, InvalidInput
 from .base import Engine, Kernels, Model, Samples, Scores
 from .parts import BatchNorm, ConvLayer, Flatten, Float, Input, Int, Layer, Part, Pool, arrays, input_shape
+
+_T = TypeVar("_T")
 
 SECONDS_PER_CALL = 0.2
 """How long one call into Julia trains before Python may look at Ctrl-C and redraw progress."""
@@ -49,7 +51,22 @@ PACKAGE = Path(__file__).parent.parent / "julia"
 """The Julia package: a link to the repository's ``julia/``, or the wheel's own copy."""
 
 
-@functools.cache
+_STARTING = threading.RLock()
+
+
+def _once(make: Callable[[], _T]) -> Callable[[], _T]:
+    """Return a function that makes something once, though several threads call it at the same time."""
+    made = functools.cache(make)
+
+    @functools.wraps(make)
+    def wait() -> _T:
+        with _STARTING:
+            return made()
+
+    return wait
+
+
+@_once
 def start() -> Any:
     """Start Julia in this process, once, and return its ``Main`` with PrunableFlux loaded.
 
@@ -60,13 +77,15 @@ def start() -> Any:
     with _explained(), warnings.catch_warnings():
         # juliacall warns if torch came first; the crash it fears is tested for, and no user can act on it.
         warnings.filterwarnings("ignore", message="torch was imported before juliacall")
-        settings = {} if "juliacall" in sys.modules else _defaults() | _image(*_prepared())
+        runs = "juliacall" in sys.modules
+        settings = {} if runs else _defaults() | _image(*_prepared())
         with _environment(settings):
             import juliacall
 
             main = juliacall.Main
-            # Not by `seval`, which takes long to compile: in what is loaded here it is compiled already.
-            library = juliacall.CONFIG.get("lib")  # none where Julia runs Python
+            # Not by `seval`, which takes long to compile: in what is loaded here it is compiled already. But only
+            # `seval` will do in a thread that Julia does not know, as may be where it runs already.
+            library = None if runs else juliacall.CONFIG.get("lib")  # none where Julia runs Python
             if library is None or library.jl_eval_string(LOAD.encode()) is None:
                 main.seval(LOAD)  # raises what went wrong
     _take_back_interrupts()
@@ -206,12 +225,12 @@ def _take_back_interrupts() -> None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-@functools.cache
+@_once
 def _bridge() -> Any:
     return start().seval("Base.get_extension(PrunableFlux, :PrunableFluxPythonCallExt)")
 
 
-@functools.cache
+@_once
 def _infer_function() -> Callable[[int, int, int, int], int]:
     kind = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
     return kind(int(_bridge().infer_function()))
