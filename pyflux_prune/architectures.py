@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .choices import check_count
+from .choices import check_count, shown
 from .datasets import check_shape
 from .engines import ACTIVATIONS, BatchNorm, ConvLayer, Flatten, Input, Layer, Part, Pool
 from .engines.parts import Float, Pair, numbered, shapes_after
@@ -33,7 +33,7 @@ def mlp(sizes: Sequence[int], *, activation: str = "relu", seed: int = 0, engine
 
     """
     if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) < 2:
-        raise InvalidInput(f"sizes must hold at least the numbers of inputs and outputs, not {sizes!r}")
+        raise InvalidInput(f"sizes must hold at least the numbers of inputs and outputs, not {shown(sizes)}")
     widths = [check_count("each of sizes", n, 1) for n in sizes]
     new = _New(activation, seed)
     return build(numbered(new.dense(widths)), engine)
@@ -118,7 +118,7 @@ def vgg(
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise InvalidInput(f"{name} must be a sequence, such as {(32, 'M') if name == 'channels' else (100,)}")
     if not isinstance(batch_norm, bool):
-        raise InvalidInput(f"batch_norm must be True or False, not {batch_norm!r}")
+        raise InvalidInput(f"batch_norm must be True or False, not {shown(batch_norm)}")
     new, now = _New(activation, seed), shape[0]
     front: list[Part] = [Input(shape)]
     for wanted in channels:
@@ -146,7 +146,7 @@ class _New:
 
     def __init__(self, activation: str, seed: int) -> None:
         if activation not in ACTIVATIONS:
-            raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+            raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, not {shown(activation)}")
         self.activation = activation
         self._rng = np.random.default_rng(check_count("seed", seed, 0))
 

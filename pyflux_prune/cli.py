@@ -65,7 +65,7 @@ def _sparsity(ctx: click.Context, param: click.Parameter, value: str | None) -> 
         numbers = [float(part) for part in value.split(",")]
     except ValueError:
         raise InvalidInput(
-            f"--sparsity must be a number in [0, 1), or several with commas, not {value!r}"
+            f"--sparsity must be a number in [0, 1), or several with commas, not {choices.shown(value)}"
         ) from None
     return choices.check_sparsity(numbers if len(numbers) > 1 else numbers[0], "--sparsity")
 
@@ -78,7 +78,9 @@ def _widths(ctx: click.Context, param: click.Parameter, value: str | None) -> li
     except ValueError:
         widths = [0]
     if any(n < 1 for n in widths):
-        raise InvalidInput(f"{param.opts[0]} must be whole numbers with commas, such as 300,100, not {value!r}")
+        raise InvalidInput(
+            f"{param.opts[0]} must be whole numbers with commas, such as 300,100, not {choices.shown(value)}"
+        )
     return widths
 
 

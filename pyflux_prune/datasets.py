@@ -8,7 +8,6 @@ import io
 import math
 import os
 import pickle
-import reprlib
 import struct
 import zlib
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .choices import check_count, check_number
+from .choices import check_count, check_number, shown
 from .engines.parts import Float, Int
 from .errors import InvalidInput
 from .files import StrPath, naming, read_bytes, reading, to_path
@@ -107,7 +106,7 @@ def check_shape(name: str, value: object) -> tuple[int, int, int]:
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3:
         channels, height, width = (check_count(f"each of {name}", n, 1) for n in value)
         return channels, height, width
-    raise InvalidInput(f"{name} must be (channels, height, width), not {value!r}")
+    raise InvalidInput(f"{name} must be (channels, height, width), not {shown(value)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +238,7 @@ def _split(y: Int, test_size: float, seed: int) -> tuple[Int, Int]:
     else:
         count = check_count("test_size", test_size, 1)
     if not 0 < count < n:
-        raise InvalidInput(f"test_size must leave some of {n} samples on either side, not {test_size!r}")
+        raise InvalidInput(f"test_size must leave some of {n} samples on either side, not {shown(test_size)}")
     rng = np.random.default_rng(check_count("seed", seed, 0))
     order = rng.permutation(n)
     order = order[np.argsort(y[order], kind="stable")]
@@ -267,7 +266,7 @@ def npz(path: StrPath) -> Dataset:
             raise InvalidInput(f"cannot read {target} as an .npz file of plain arrays: {error}") from error
     with naming(target):
         if missing := [key for key in ("x", "y") if key not in found]:
-            raise InvalidInput(f"has no array {' and no '.join(missing)}, only {reprlib.repr(held)}")
+            raise InvalidInput(f"has no array {' and no '.join(missing)}, only {shown(held)}")
         return arrays(**found, name=target.stem)
 
 
@@ -356,7 +355,7 @@ def load(spec: str) -> Dataset:
         return cifar10(folder)
     if kind and spec.endswith(".npz"):
         return npz(spec)
-    raise InvalidInput(f"data must be digits, mnist:DIR, cifar10:DIR or FILE.npz, not {reprlib.repr(spec)}")
+    raise InvalidInput(f"data must be digits, mnist:DIR, cifar10:DIR or FILE.npz, not {shown(spec)}")
 
 
 def _find(folder: Path, names: Sequence[str], expected: str) -> Path:

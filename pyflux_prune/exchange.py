@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .choices import shown
 from .datasets import check_shape
 from .engines.parts import (
     ACTIVATIONS,
@@ -242,12 +243,12 @@ def layers_from_state_dict(state_dict: Mapping[str, Tensor], *, activation: str 
 
     """
     if activation not in ACTIVATIONS:
-        raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+        raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, not {shown(activation)}")
     modules: dict[tuple[int, ...], dict[str, object]] = {}
     for key, tensor in state_dict.items():
         parts = re.fullmatch(r"(\d+(?:\.\d+)*)\.(\w+)", str(key))
         if parts is None:
-            raise InvalidInput(f"state_dict: keys must be as in an nn.Sequential ('0.weight'), not {key!r}")
+            raise InvalidInput(f"state_dict: keys must be as in an nn.Sequential ('0.weight'), not {shown(key)}")
         modules.setdefault(tuple(map(int, parts[1].split("."))), {})[parts[2]] = tensor
     layers: list[Layer] = []
     for place, tensors in sorted(modules.items()):

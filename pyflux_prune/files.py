@@ -32,7 +32,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -46,6 +45,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from .choices import shown
 from .engines.parts import (
     ACTIVATIONS,
     LIMIT,
@@ -145,7 +145,7 @@ def to_path(path: StrPath, name: str = "path") -> Path:
     except (TypeError, ValueError):
         encoded = b""
     if not encoded or b"\0" in encoded:
-        raise InvalidInput(f"{name} must be the name of a file or folder, not {reprlib.repr(path)}")
+        raise InvalidInput(f"{name} must be the name of a file or folder, not {shown(path)}")
     return Path(os.fsdecode(encoded))
 
 
@@ -374,7 +374,7 @@ def _decode(file: Any, capacity: int) -> tuple[list[Part], dict[str, str]]:
         raise InvalidInput(f"its metadata lack {', '.join(missing)} (for plain PyTorch weights: from_torch)")
     for key, allowed in _METADATA.items():
         if metadata[key] not in allowed:
-            raise InvalidInput(f"its {key} must be {' or '.join(allowed)}, not {reprlib.repr(metadata[key])}")
+            raise InvalidInput(f"its {key} must be {' or '.join(allowed)}, not {shown(metadata[key])}")
     try:
         architecture = json.loads(metadata["architecture"])
     except (ValueError, RecursionError) as error:
@@ -388,7 +388,7 @@ def _decode(file: Any, capacity: int) -> tuple[list[Part], dict[str, str]]:
     shapes(parts)
     parts = [tensors.filled(part, sparse=metadata["storage"] == "sparse") for part in parts]
     if tensors.left:
-        raise InvalidInput(f"its architecture does not mention {reprlib.repr(sorted(tensors.left))}")
+        raise InvalidInput(f"its architecture does not mention {shown(sorted(tensors.left))}")
     for part in parts:
         _check_arrays(part)
     return parts, {key: value for key, value in metadata.items() if key == "storage" or key not in _RESERVED}
@@ -440,7 +440,7 @@ class _Tensors:
 def _check_architecture(entries: object, version: str = "2") -> list[dict[str, Any]]:
     """Return the entries, each with its type, once each is well-formed and names differ."""
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_LAYERS:
-        found = f"{len(entries)} layers" if isinstance(entries, list) else reprlib.repr(entries)
+        found = f"{len(entries)} layers" if isinstance(entries, list) else shown(entries)
         raise InvalidInput(f"the architecture must be a list of 1 to {MAX_LAYERS} layers, not {found}")
     typed = any(isinstance(entry, dict) and "type" in entry for entry in entries)
     if version != ("2" if typed else "1"):
@@ -449,24 +449,24 @@ def _check_architecture(entries: object, version: str = "2") -> list[dict[str, A
         _check_entry(entry, typed)
     names = sorted(entry["name"] for entry in entries if "name" in entry)
     if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
-        raise InvalidInput(f"layer names must differ, but {reprlib.repr(twice)} occurs twice")
+        raise InvalidInput(f"layer names must differ, but {shown(twice)} occurs twice")
     return [{"type": "dense"} | entry for entry in entries]
 
 
 def _check_entry(entry: object, typed: bool) -> None:
     kind = entry.get("type") if typed and isinstance(entry, dict) else "dense"
     if not isinstance(kind, str) or kind not in _ENTRIES:
-        raise InvalidInput(f"the type of a layer must be one of {', '.join(_ENTRIES)}, not {reprlib.repr(kind)}")
+        raise InvalidInput(f"the type of a layer must be one of {', '.join(_ENTRIES)}, not {shown(kind)}")
     fields = {name: _FIELDS[name] for name in _ENTRIES[kind]}
     kinds = {name: field.kind for name, field in fields.items()}
     if not isinstance(entry, dict) or {name: type(entry[name]) for name in entry if name != "type"} != kinds:
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-        raise InvalidInput(f"a layer of the architecture must have {wanted}, not {reprlib.repr(entry)}")
+        raise InvalidInput(f"a layer of the architecture must have {wanted}, not {shown(entry)}")
     for name, field in fields.items():
         if not field.allows(entry[name]):
-            whose = f"layer {reprlib.repr(entry['name'])}: {name}" if "name" in entry else f"the input's {name}"
+            whose = f"layer {shown(entry['name'])}: {name}" if "name" in entry else f"the input's {name}"
             what = "layer names" if name == "name" else whose
-            raise InvalidInput(f"{what} must be {field.words}, not {reprlib.repr(entry[name])}")
+            raise InvalidInput(f"{what} must be {field.words}, not {shown(entry[name])}")
 
 
 def _check_arrays(part: Part) -> None:

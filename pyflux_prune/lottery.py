@@ -24,6 +24,7 @@ from .choices import (
     check_choice,
     check_count,
     check_number,
+    shown,
     sparsities,
 )
 from .datasets import Dataset
@@ -198,7 +199,7 @@ def lottery_ticket(
     check_choice("finetune", finetune, Rewind)
     check_number("tolerance", tolerance, 0, 1)
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or len(set(seeds)) < len(seeds):
-        raise InvalidInput(f"seeds must be one or more different whole numbers, not {seeds!r}")
+        raise InvalidInput(f"seeds must be one or more different whole numbers, not {shown(seeds)}")
     chosen = tuple(check_count("each of seeds", seed, 0) for seed in seeds)
     plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, chosen[0])
 

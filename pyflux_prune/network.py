@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from .choices import (
     check_choice,
     check_match,
     check_sparsity,
+    shown,
 )
 from .datasets import Dataset, as_inputs, check_inputs, check_labels
 from .engines import ConvLayer, Layer, Model, Part, Pool, get_engine
@@ -155,7 +155,7 @@ class Network:
         if not set(names) <= set(known) or (names == chosen and len(names) != len(self.layers)):
             raise InvalidInput(
                 f"kernels must be one of {', '.join(known)}, or a list with one of these for each of the "
-                f"{len(self.layers)} layers, not {kernels!r}"
+                f"{len(self.layers)} layers, not {shown(kernels)}"
             )
         return SparseNetwork(self.model.sparsify(chosen), self.features, self.input_shape, self.density)
 
@@ -311,7 +311,7 @@ def check_samples(net: Network, data: object) -> Samples:
         return x, check_labels(data[1], len(x), net.outputs, name="data's y")
     if isinstance(data, Dataset):
         return check_dataset(net, data)
-    raise InvalidInput(f"data must be a Dataset, or inputs and labels (x, y), not {reprlib.repr(data)}")
+    raise InvalidInput(f"data must be a Dataset, or inputs and labels (x, y), not {shown(data)}")
 
 
 def to_torch(net: Network) -> torch.nn.Sequential:

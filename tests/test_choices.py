@@ -71,6 +71,21 @@ def test_schedules_never_go_down_and_stay_below_one(rate: float, rounds: int, po
             ["Magnitude, Threshold", "EdgePopup or Random"],
         ),
         (lambda: fp.RandomSaliency(seed=-1), ["seed", "-1"]),
+        (lambda: fp.RandomSaliency(seed=2**63), ["seed", "below 9223372036854775808", "not 9223372036854775808"]),
+        (lambda: fp.Global(min_kept=2**63), ["min_kept", "below 9223372036854775808"]),
+        (lambda: fp.NofM(2, 2**70), ["NofM's m", "below 9223372036854775808"]),
+        (lambda: fp.Taylor(batchsize=2**70), ["batchsize", "below 9223372036854775808"]),
+        (lambda: fp.SNIP(per_class=2**70), ["per_class", "below 9223372036854775808"]),
+        (lambda: fp.Training(batchsize=2**70), ["batchsize", "below 9223372036854775808"]),
+        (lambda: fp.SynFlow(iterations=10**6), ["iterations", "below 1000000"]),
+        (lambda: fp.Exponential(0.1, 10**9), ["rounds", "below 1000000", "1000000000"]),
+        (lambda: fp.OneShot(10**400), ["sparsity", "not 1000", "...", "000"]),
+        (lambda: fp.OneShot(-(10**5000)), ["sparsity", "a whole number of 16610 bits"]),
+        (lambda: fp.OneShot(np.complex64(0.5)), ["sparsity", "0.5"]),
+        (lambda: fp.Adam(eta=10**400), ["eta", "not 1000"]),
+        (lambda: choices.sparsities(np.zeros((9, 9, 9))), ["sparsity", "0.0"]),
+        (lambda: fp.Magnitude(scaled=np.zeros((9, 9))), ["scaled", "array"]),
+        (lambda: fp.Training(optimiser=(np.zeros((99, 99)), np.zeros((99, 99)))), ["optimiser", "array"]),
         (lambda: fp.Magnitude(scaled=1), ["Magnitude's scaled", "True or False", "1"]),
         (lambda: fp.Threshold(tau=0), ["tau", "0"]),
         (lambda: fp.EdgePopup(sparsity=1), ["EdgePopup's sparsity", "1"]),
@@ -109,6 +124,40 @@ def test_a_schedule_by_name_ends_at_the_sparsity_asked_for(name: str) -> None:
     targets = choices.sparsities(choices.schedule_by_name(name, 0.87, None))
     assert targets[-1] == pytest.approx(0.87)
     assert len(targets) == (1 if name == "oneshot" else 12)
+
+
+def test_a_class_of_the_user_s_own_changes_nothing_for_others() -> None:
+    class Nets(fp.Network):
+        pass
+
+    class Sets(fp.datasets.Dataset):
+        pass
+
+    class Longer(fp.Training):
+        pass
+
+    class Slower(fp.Adam):
+        pass
+
+    class Smaller(fp.Magnitude):
+        pass
+
+    class Other(choices.Saliency):
+        pass
+
+    data = Sets("x", np.eye(2), np.arange(2), np.eye(2), np.arange(2), 2)
+    net = Nets(fp.mlp([2, 2], engine="torch").model)
+    plain = fp.mlp([2, 2], engine="torch")
+    for some in (net, plain):
+        fp.iterative_prune(some, data, schedule=[0.5], training=fp.Training(epochs=1, optimiser=fp.Adam()))
+        for saliency in (Smaller(), Other()):
+            with pytest.raises(fp.InvalidInput, match=r"saliency must be Magnitude, .* or RandomSaliency, not"):
+                fp.prune(some, saliency, sparsity=0.5)
+        with pytest.raises(fp.InvalidInput, match="training must be Training, not"):
+            fp.iterative_prune(some, data, training=Longer())
+    with pytest.raises(fp.InvalidInput, match=r"optimiser must be Descent, .*AdamW, not"):
+        fp.Training(optimiser=Slower())
+    assert Other not in choices.choices_on(choices.Saliency)
 
 
 def test_layers_to_exclude_may_be_a_number_or_an_array() -> None:
@@ -173,7 +222,7 @@ def fields_of(choice: type) -> st.SearchStrategy[object]:
 
 def made(*axes: type) -> st.SearchStrategy[object]:
     """Draw any choice on these axes."""
-    return st.one_of([fields_of(c) for axis in axes for c in axis.__subclasses__()])
+    return st.one_of([fields_of(c) for axis in axes for c in choices.choices_on(axis)])
 
 
 AXES = (
@@ -236,7 +285,7 @@ def test_bad_text_is_named(text: str, names: list[str]) -> None:
 
 def test_every_choice_is_exported() -> None:
     for axis in AXES:
-        for choice in axis.__subclasses__():
+        for choice in choices.choices_on(axis):
             assert getattr(fp, choice.__name__) is choice
             assert choice.__name__ in fp.__all__
 

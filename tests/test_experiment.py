@@ -366,6 +366,25 @@ def test_data_must_fit_the_network(blobs: Dataset) -> None:
         fp.iterative_prune(fp.mlp([6, 2], engine="torch"), "digits")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        fp.iterative_prune,
+        fp.gradual_prune,
+        fp.sparse_train,
+        fp.sensitivity,
+        fp.crosscheck,
+        lambda net, data: fp.lottery_ticket(net, data, engine="torch"),
+    ],
+)
+def test_arrays_are_no_data_set(blobs: Dataset, use: Callable[[fp.Network, Any], object]) -> None:
+    with pytest.raises(
+        fp.InvalidInput, match=r"^data must be Dataset, not \(array\(\[\[.*\.\.\..*\)\)$"
+    ) as caught:
+        use(fp.mlp([6, 3], engine="torch"), (blobs.x_train, blobs.y_train))
+    assert len(str(caught.value)) < 500
+
+
 def test_out_must_be_new_or_empty_and_writable(blobs: Dataset, tmp_path: Path) -> None:
     net = fp.mlp([6, 12, 3], engine="torch")
     full, file = tmp_path / "full", tmp_path / "file"

@@ -5,7 +5,17 @@ everywhere. Every class has the name and the fields of its Julia struct (a trail
 ``lambda_``, is dropped on the way), so that one conversion serves them all.
 """
 
-from .checks import Choice, Sparsity, check_choice, check_count, check_number, check_sparsity, flag, shown
+from .checks import (
+    Choice,
+    Sparsity,
+    check_choice,
+    check_count,
+    check_number,
+    check_sparsity,
+    choices_on,
+    flag,
+    shown,
+)
 from .finetune import (
     FINETUNES,
     Continue,
@@ -120,6 +130,7 @@ __all__ = [
     "check_match",
     "check_number",
     "check_sparsity",
+    "choices_on",
     "finetune_by_name",
     "flag",
     "from_json",

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from ..errors import InvalidInput
+
+_T = TypeVar("_T")
+
+MACHINE = 2**63
+"""Whole numbers are below this: those of Julia and NumPy are of 64 bits."""
+
+MANY = 1_000_000
+"""More steps than these would not end, or not fit into memory."""
 
 Sparsity = float | tuple[float, ...]
 """One sparsity, or one per competing layer."""
@@ -21,11 +30,14 @@ class _Brief(reprlib.Repr):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxstring, self.maxother = 80, 200
+        self.maxstring, self.maxother = 80, 120
 
     def repr_int(self, x: int, level: int) -> str:
-        """Return the digits, which Python refuses to write where they are thousands."""
-        return repr(x) if x.bit_length() < 128 else f"a whole number of {x.bit_length()} bits"
+        """Return the digits, unless they are thousands, which Python refuses to write."""
+        try:
+            return super().repr_int(x, level)
+        except ValueError:
+            return f"a whole number of {x.bit_length()} bits"
 
 
 def shown(value: object) -> str:
@@ -40,8 +52,11 @@ def check_number(
 
     Raises InvalidInput for anything else; ``otherwise`` is what its message says to be allowed too.
     """
-    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
-        number = float(value)
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.nan  # no number between floats, as all of these are
         if low <= number < high and not (open_low and number == low):
             return number
     raise InvalidInput(
@@ -57,19 +72,25 @@ def check_sparsity(value: object, name: str = "sparsity") -> Sparsity:
     return check_number(name, each, 0, 1, otherwise=", or one per layer")
 
 
-def check_count(name: str, value: object, low: int, *, below: int | None = None) -> int:
-    """Return a whole number of at least ``low`` (and below ``below``); InvalidInput otherwise."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if whole and low <= value and (below is None or value < below):  # type: ignore[operator]
-        return int(value)  # type: ignore[call-overload,no-any-return]
-    limit = "" if below is None else f" and below {below}"
+def check_count(name: str, value: object, low: int, *, below: int = MACHINE) -> int:
+    """Return a whole number of at least ``low`` and below ``below``; InvalidInput otherwise."""
+    limit = "" if below == MACHINE else f" and below {below}"
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        if low <= value < below:
+            return int(value)
+        limit = f" and below {below}" if value >= below else limit
     raise InvalidInput(f"{name} must be a whole number of at least {low}{limit}, not {shown(value)}")
+
+
+def choices_on(axis: type[_T]) -> list[type[_T]]:
+    """Return the choices on an axis, those of its module, as engines have no others; of another class itself."""
+    return [c for c in axis.__subclasses__() if c.__module__ == axis.__module__] or [axis]
 
 
 def check_choice(name: str, value: object, *kinds: type) -> None:
     """Raise InvalidInput unless ``value`` is an instance of one of ``kinds``, or a choice on such an axis."""
-    allowed = [c for kind in kinds for c in kind.__subclasses__() or [kind]]
-    if not isinstance(value, tuple(allowed)):
+    allowed = list[type](itertools.chain(*map(choices_on, kinds)))
+    if type(value) not in allowed if isinstance(value, Choice) else not isinstance(value, tuple(allowed)):
         *names, last = ("None" if c is type(None) else c.__name__ for c in allowed)
         raise InvalidInput(f"{name} must be {', '.join(names)}{' or ' if names else ''}{last}, not {shown(value)}")
 
@@ -84,8 +105,8 @@ def number(low: float, high: float, *, open_low: bool = False) -> Callable[[str,
     return lambda name, value: check_number(name, value, low, high, open_low=open_low)
 
 
-def count(low: int, *, below: int | None = None) -> Callable[[str, object], Any]:
-    """Return a check for a whole number of at least ``low``."""
+def count(low: int, *, below: int = MACHINE) -> Callable[[str, object], Any]:
+    """Return a check for a whole number of at least ``low`` and below ``below``."""
     return lambda name, value: check_count(name, value, low, below=below)
 
 
@@ -96,6 +117,7 @@ def flag(name: str, value: object) -> bool:
     raise InvalidInput(f"{name} must be True or False, not {shown(value)}")
 
 
+steps = count(1, below=MANY)
 positive = number(0, math.inf, open_low=True)
 
 

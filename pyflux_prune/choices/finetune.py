@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InvalidInput
-from .checks import Choice, count
+from .checks import Choice, choices_on, count, shown
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def finetune_by_name(name: str) -> FineTune:
     kind, colon, step = name.partition(":")
     if kind == "rewind" and (not colon or step.isdecimal()):
         return Rewind(int(step or 0))
-    plain = {c.__name__.lower(): c for c in Restart.__subclasses__() if c is not Rewind}
+    plain = {c.__name__.lower(): c for c in choices_on(Restart) if c is not Rewind}
     if not colon and kind == "none":
         return None
     if not colon and kind in plain:
         return plain[kind]()
-    raise InvalidInput(f"finetune must be {FINETUNES}, not {name!r}")
+    raise InvalidInput(f"finetune must be {FINETUNES}, not {shown(name)}")

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..errors import InvalidInput
-from .checks import Choice
+from .checks import Choice, choices_on, shown
 from .finetune import Restart
 from .regrow import Regrowth
 from .saliency import Saliency
@@ -26,7 +26,7 @@ def by_name(axis: str, classes: dict[str, type[Any]], text: str) -> Any:
     """
     name, _, options = text.partition(":")
     if name not in classes:
-        raise InvalidInput(f"{axis} must be one of {', '.join(classes)}, not {name!r}")
+        raise InvalidInput(f"{axis} must be one of {', '.join(classes)}, not {shown(name)}")
     choice = classes[name]()
     parts = {"": choice} | {k: v for k, v in _items(choice) if isinstance(v, Choice)}
     owner = {k: part for part in parts for k, v in _items(parts[part]) if not isinstance(v, Choice)}
@@ -35,7 +35,7 @@ def by_name(axis: str, classes: dict[str, type[Any]], text: str) -> Any:
         field, equals, value = option.partition("=")
         if field not in owner or not equals:
             allowed = ", ".join(f"{k}=…" for k in owner) or "no options"
-            raise InvalidInput(f"{axis} {name} takes {allowed}, not {option!r}")
+            raise InvalidInput(f"{axis} {name} takes {allowed}, not {shown(option)}")
         given[owner[field]][field] = _value(value)
     inner = {part: replace(parts[part], **given[part]) for part in parts if part}
     return replace(choice, **given[""], **inner)
@@ -71,10 +71,10 @@ def from_json(value: Any) -> Any:
     """Return the choice that ``to_json`` wrote; InvalidInput where no such choice exists."""
     if value is None:
         return None
-    axes = (Saliency, Structure, Schedule, Restart, Regrowth, Optimiser)
-    classes = {c.__name__: c for c in (Training, *(choice for axis in axes for choice in axis.__subclasses__()))}
+    axes: tuple[type[Choice], ...] = (Saliency, Structure, Schedule, Restart, Regrowth, Optimiser, Training)
+    classes = {c.__name__: c for axis in axes for c in choices_on(axis)}
     try:
         given = {k: from_json(v) if isinstance(v, dict) else v for k, v in value.items() if k != "name"}
         return classes[value["name"]](**given)
     except (AttributeError, KeyError, TypeError) as error:
-        raise InvalidInput(f"{value!r} is not a choice that this version knows") from error
+        raise InvalidInput(f"{shown(value)} is not a choice that this version knows") from error

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .checks import Choice, count, number
+from .checks import Choice, choices_on, count, number
 
 
 @dataclass(frozen=True)
-class Regrowth(Choice, fraction=number(0, 1, open_low=True), seed=count(0, below=2**63)):
+class Regrowth(Choice, fraction=number(0, 1, open_low=True), seed=count(0)):
     """Now and then, the weights of least magnitude of each layer give way to as many others, which begin at 0.
 
     Attributes:
@@ -36,4 +36,4 @@ class RigL(Regrowth):
     """The rigged lottery: weights with the largest gradients grow (Evci et al. 2020, arXiv:1911.11134)."""
 
 
-REGROWTHS = {c.__name__.lower(): c for c in Regrowth.__subclasses__()}
+REGROWTHS = {c.__name__.lower(): c for c in choices_on(Regrowth)}

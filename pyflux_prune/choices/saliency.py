@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .checks import Choice, count, flag, number, positive
+from .checks import Choice, choices_on, count, flag, number, positive, steps
 from .training import Adam, Training, check_training
 
 
@@ -27,7 +27,7 @@ class Saliency(
     batchsize=count(1),
     per_class=count(1),
     temperature=positive,
-    iterations=count(1),
+    iterations=steps,
     exact=flag,
     full=flag,
     damping=number(0, math.inf),
@@ -35,7 +35,7 @@ class Saliency(
     zeros=flag,
     activations=flag,
     sparsity=number(0, 1),
-    seed=count(0, below=2**63),
+    seed=count(0),
 ):
     """How much does a weight matter?"""
 
@@ -224,4 +224,4 @@ class RandomSaliency(Saliency):
     seed: int = 0
 
 
-SALIENCIES = {c.__name__.removesuffix("Saliency").lower(): c for c in Saliency.__subclasses__()}
+SALIENCIES = {c.__name__.removesuffix("Saliency").lower(): c for c in choices_on(Saliency)}

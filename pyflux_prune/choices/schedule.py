@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput
-from .checks import Choice, Sparsity, check_sparsity, count, positive, share
+from .checks import Choice, Sparsity, check_sparsity, choices_on, positive, share, shown, steps
 
 
 def _each(rule: Callable[..., float], *values: Sparsity) -> Sparsity:
@@ -27,7 +27,7 @@ def _each(rule: Callable[..., float], *values: Sparsity) -> Sparsity:
 
 
 @dataclass(frozen=True)
-class Schedule(Choice, sparsity=share, rate=share, rounds=count(1), power=positive):
+class Schedule(Choice, sparsity=share, rate=share, rounds=steps, power=positive):
     """How much goes at each round?"""
 
     def sparsities(self) -> list[Sparsity]:
@@ -58,7 +58,7 @@ class Constant(Schedule):
         super().__post_init__()
         rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
         if any(r * self.rounds >= 1 for r in rates):
-            raise InvalidInput(f"Constant: rate × rounds must be below 1, not {self.rate!r} × {self.rounds}")
+            raise InvalidInput(f"Constant: rate × rounds must be below 1, not {shown(self.rate)} × {self.rounds}")
 
     def sparsities(self) -> list[Sparsity]:
         """Return the target sparsity of each round."""
@@ -133,8 +133,8 @@ def sparsities(schedule: Sparsities) -> list[Sparsity]:
     elif isinstance(schedule, (Sequence, np.ndarray)) and not isinstance(schedule, str):
         given = schedule
     else:
-        names = ", ".join(c.__name__ for c in Schedule.__subclasses__())
-        raise InvalidInput(f"schedule must be {names} or a list of sparsities, not {schedule!r}")
+        names = ", ".join(c.__name__ for c in choices_on(Schedule))
+        raise InvalidInput(f"schedule must be {names} or a list of sparsities, not {shown(schedule)}")
     targets = [check_sparsity(s, "each sparsity of a schedule") for s in given]
     if not targets:
         raise InvalidInput("schedule must hold at least one sparsity, not an empty list")
@@ -142,7 +142,7 @@ def sparsities(schedule: Sparsities) -> list[Sparsity]:
         down = _each(lambda a, b: float(b < a), before, after)
         if any(down if isinstance(down, tuple) else (down,)):
             raise InvalidInput(
-                f"schedule must never go down, but {after!r} follows {before!r}: pruned stays pruned"
+                f"schedule must never go down, but {shown(after)} follows {shown(before)}: pruned stays pruned"
             )
     return targets
 
@@ -153,12 +153,12 @@ def schedule_by_name(name: str, sparsity: Sparsity | None, rounds: int | None) -
     By default there are 12 rounds, and each prunes 20 % of what is left (or the sparsity that this ends at).
     """
     if name not in SCHEDULES:
-        raise InvalidInput(f"schedule must be one of {', '.join(SCHEDULES)}, not {name!r}")
+        raise InvalidInput(f"schedule must be one of {', '.join(SCHEDULES)}, not {shown(name)}")
     if name == "oneshot":
         if rounds not in (None, 1):
             raise InvalidInput(f"rounds must be 1 with the schedule oneshot, not {rounds}")
         return OneShot(0.8 if sparsity is None else sparsity)
-    rounds = count(1)("rounds", 12 if rounds is None else rounds)
+    rounds = steps("rounds", 12 if rounds is None else rounds)
     if sparsity is None and name == "exponential":
         return Exponential(rate=0.2, rounds=rounds)
     target: Sparsity = 1 - 0.8**rounds if sparsity is None else check_sparsity(sparsity)
@@ -169,4 +169,4 @@ def schedule_by_name(name: str, sparsity: Sparsity | None, rounds: int | None) -
     return SCHEDULES[name](target, rounds)  # type: ignore[call-arg]
 
 
-SCHEDULES = {c.__name__.lower(): c for c in Schedule.__subclasses__()}
+SCHEDULES = {c.__name__.lower(): c for c in choices_on(Schedule)}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InvalidInput
-from .checks import Choice, count, flag, number
+from .checks import Choice, choices_on, count, flag, number, shown
 from .saliency import Saliency
 
 
@@ -18,7 +18,9 @@ def _places(name: str, value: object) -> tuple[int, ...]:
     places: Sequence[Any] = value if isinstance(value, (Sequence, np.ndarray)) else (value,)  # type: ignore[assignment]
     if all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in places):
         return tuple(int(i) for i in places)
-    raise InvalidInput(f"{name} must be layer numbers, such as (0, -1) for the first and the last, not {value!r}")
+    raise InvalidInput(
+        f"{name} must be layer numbers, such as (0, -1) for the first and the last, not {shown(value)}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,4 +131,4 @@ def check_match(saliency: Saliency, structure: Structure) -> None:
         )
 
 
-STRUCTURES = {c.__name__.lower(): c for c in Structure.__subclasses__()}
+STRUCTURES = {c.__name__.lower(): c for c in choices_on(Structure)}

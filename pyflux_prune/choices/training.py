@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidInput
-from .checks import Choice, check_choice, check_sparsity, count, number, positive
+from .checks import Choice, check_choice, check_sparsity, count, number, positive, shown
 
 
 def _pair(name: str, value: object) -> tuple[float, float]:
     pair = check_sparsity(value, name)
     if not isinstance(pair, tuple) or len(pair) != 2:
-        raise InvalidInput(f"{name} must be two numbers in [0, 1), not {value!r}")
+        raise InvalidInput(f"{name} must be two numbers in [0, 1), not {shown(value)}")
     return pair
 
 
