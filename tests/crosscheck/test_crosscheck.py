@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -92,6 +94,27 @@ def test_both_engines_agree_on_every_criterion(
     compared = {d.quantity for d in result.differences}
     assert "compact network" in compared
     assert ({"scores", "masks", "weights after pruning"} <= compared) == (not saliency.random)
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("activations", [False, True])
+def test_engines_agree_on_neurons_that_go_with_those_they_lead_to(activations: bool) -> None:
+    data = fp.datasets.arrays(np.random.default_rng(0).normal(size=(66, 64)), np.arange(66) % 3)
+    options: Any = {
+        "saliency": fp.Redundancy(activations),
+        "structure": fp.Neurons(),
+        "schedule": [0.6],
+        "finetune": None,
+        "training": fp.Training(epochs=1),
+    }
+    led = 0
+    for seed in range(6):
+        net = fp.prune(fp.mlp([64, 8, 6, 3], seed=seed, engine="torch"), sparsity=0.2)
+        result = fp.crosscheck(net, data, **options)
+        assert result.ok, [d for d in result.differences if not d.ok]
+        fp.prune(net, options["saliency"], sparsity=0.6, structure=fp.Neurons(), data=data)
+        led += int((net.masks[0].any(1) & ~net.masks[1].any(0)).sum())
+    assert led
 
 
 def test_all_criteria_and_structures_are_compared() -> None:

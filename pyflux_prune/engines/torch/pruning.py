@@ -24,9 +24,9 @@ def prune(
     contest = Contest(structure, model.names, model.masks)
     for kept in _steps(model, saliency, sparsity, structure, contest):
         if kept is None or (contest.counts(model.masks) > kept).any():
-            outcome = contest.choose(score(saliency, model, data), model.masks, kept)
-            compensate(saliency, model, data, outcome)
-            model.mask(outcome.masks)
+            masks = contest.choose(score(saliency, model, data), model.masks, kept)
+            compensate(saliency, model, data, masks)
+            model.mask(masks)
 
 
 def _steps(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import singledispatch
 from itertools import pairwise
 
@@ -137,20 +136,6 @@ def neuron_scores(scores: Sequence[Tensor], masks: Sequence[Tensor], p: float) -
 # --- selection -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What selection decides.
-
-    Attributes:
-        masks: one bool tensor per layer, of its weight's shape.
-        neurons: with ``Neurons``, the neurons of each layer, (out,), that go now; None otherwise.
-
-    """
-
-    masks: list[Tensor]
-    neurons: list[Tensor] | None
-
-
 class Contest:
     """The groups of units that compete in a network."""
 
@@ -204,8 +189,8 @@ class Contest:
             )
         return sizes - pruned
 
-    def choose(self, scores: Sequence[Tensor], masks: Sequence[Tensor], kept: Tensor | None) -> Outcome:
-        """Return what is left when in each group the lowest scores go, until as many as ``kept`` are left.
+    def choose(self, scores: Sequence[Tensor], masks: Sequence[Tensor], kept: Tensor | None) -> list[Tensor]:
+        """Return the masks after the lowest scores of each group have gone, until as many as ``kept`` are left.
 
         Equal scores go by position: layer, output, input, then row and column of a kernel. No unit goes in a group
         that has no more than that; without ``kept``, all that score below 1 go.
@@ -237,18 +222,18 @@ class Contest:
                     f"{self._structure.min_kept} leaves {int(self._count(free)[group])} that can be"
                 )
             gone = _lowest(values, free, self._group, excess)
-        return self._outcome(gone, masks)
+        return self._without(gone, masks)
 
-    def _outcome(self, gone: Tensor, masks: Sequence[Tensor]) -> Outcome:
+    def _without(self, gone: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
         parts = torch.split(gone, self._sizes)
         if not self._neurons:
-            return Outcome([mask & ~part.view_as(mask) for mask, part in zip(masks, parts, strict=True)], None)
+            return [mask & ~part.view_as(mask) for mask, part in zip(masks, parts, strict=True)]
         left = [mask.clone() for mask in masks]
         for mask, here in zip(left, parts, strict=True):
             mask[here] = False
         for mask, below in zip(left[1:], parts, strict=False):
             by_source(mask, len(below))[:, below] = False
-        return Outcome(left, list(parts))
+        return left
 
     @property
     def _units(self) -> str:

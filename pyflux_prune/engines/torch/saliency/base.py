@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import singledispatch
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ from ...base import Samples
 
 if TYPE_CHECKING:
     from ..model import TorchModel
-    from ..structure import Outcome
 
 
 @singledispatch
@@ -30,8 +30,8 @@ def score(criterion: Saliency, model: TorchModel, data: Samples | None) -> list[
 
 
 @singledispatch
-def compensate(criterion: Saliency, model: TorchModel, data: Samples | None, outcome: Outcome) -> None:
-    """Change what will stay, so that it makes up for what is about to go; nothing is masked yet.
+def compensate(criterion: Saliency, model: TorchModel, data: Samples | None, after: Sequence[Tensor]) -> None:
+    """Change what stays under the masks ``after``, so that it makes up for what goes; nothing is masked yet.
 
     Most criteria have no method of this function, and change nothing.
     """

@@ -45,7 +45,7 @@ def _(criterion: EdgePopup, model: TorchModel, data: Samples | None) -> list[Ten
     scores = [weight.abs() for weight in net.weights]
     stepper = Stepper(criterion.training.optimiser, scores)
     for batch in batches(x, y, criterion.training, stepper):
-        chosen = contest.choose(scores, net.masks, kept).masks
+        chosen = contest.choose(scores, net.masks, kept)
         used = [(weight * mask).requires_grad_() for weight, mask in zip(net.weights, chosen, strict=True)]
         gradients = torch.autograd.grad(net.loss(*batch, used), used)
         stepper.step([weight * g for weight, g in zip(net.weights, gradients, strict=True)])

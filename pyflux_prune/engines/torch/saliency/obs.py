@@ -17,7 +17,6 @@ from .base import compensate, score
 
 if TYPE_CHECKING:
     from ..model import TorchModel
-    from ..structure import Outcome
 
 FULL_LIMIT = 5_000
 """Kept weights and biases that ``full`` takes at most."""
@@ -36,12 +35,12 @@ def _(criterion: OBS, model: TorchModel, data: Samples | None) -> list[Tensor]:
 
 
 @compensate.register(OBS)
-def _(criterion: OBS, model: TorchModel, data: Samples | None, outcome: Outcome) -> None:
+def _(criterion: OBS, model: TorchModel, data: Samples | None, after: Sequence[Tensor]) -> None:
     net, (x, _) = model.double(), samples(data)
     if criterion.full:
-        _move_all(criterion, net.perceptron("OBS with full=True"), x, outcome.masks)
+        _move_all(criterion, net.perceptron("OBS with full=True"), x, after)
     else:
-        _move_rows(criterion, net, x, outcome.masks)
+        _move_rows(criterion, net, x, after)
     model.write(net)
 
 

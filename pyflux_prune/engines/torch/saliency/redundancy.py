@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from .base import compensate, score
 
 if TYPE_CHECKING:
     from ..model import TorchModel
-    from ..structure import Outcome
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,15 @@ def _cheapest_first(cost: Tensor, neurons: Tensor) -> Tensor:
 
 
 @compensate.register(Redundancy)
-def _(criterion: Redundancy, model: TorchModel, data: Samples | None, outcome: Outcome) -> None:
+def _(criterion: Redundancy, model: TorchModel, data: Samples | None, after: Sequence[Tensor]) -> None:
     """Add what the next layer did with a neuron that goes to what it does with the one that replaces it."""
     net = model.double().perceptron("Redundancy")
-    assert outcome.neurons is not None, "prune checks that neurons compete"
-    replacements, before = list(_replacements(criterion, net, data)), alive(net.masks)
-    for place, replace in enumerate(replacements):
-        gone = outcome.neurons[place]
-        stay = (before[place] & ~gone).nonzero().squeeze(1)
+    replacements = _replacements(criterion, net, data)
+    for place, (replace, was, still) in enumerate(zip(replacements, alive(net.masks), alive(after), strict=True)):
+        stay = still.nonzero().squeeze(1)  # neurons whose last outgoing weight goes do not
         following, bias = net.weights[place + 1], net.biases[place + 1]
         old = following.clone()
-        for j in gone.nonzero().squeeze(1) if len(stay) else ():
+        for j in (was & ~still).nonzero().squeeze(1) if len(stay) else ():
             i = stay[replace.cost[j, stay].argmin()]
             following[:, i] += replace.alpha[j, i] * old[:, j]
             if bias is not None:
