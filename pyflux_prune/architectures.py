@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .choices import check_count, shown
+from .choices import check_count, flag, listed, shown
 from .datasets import check_shape
 from .engines import ACTIVATIONS, BatchNorm, ConvLayer, Flatten, Input, Layer, Part, Pool
 from .engines.parts import Float, Pair, numbered, shapes_after
@@ -32,9 +32,9 @@ def mlp(sizes: Sequence[int], *, activation: str = "relu", seed: int = 0, engine
         EngineUnavailable: the engine cannot be had here.
 
     """
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) < 2:
+    widths = [check_count("each of sizes", n, 1) for n in listed(sizes) or ()]
+    if len(widths) < 2:
         raise InvalidInput(f"sizes must hold at least the numbers of inputs and outputs, not {shown(sizes)}")
-    widths = [check_count("each of sizes", n, 1) for n in sizes]
     new = _New(activation, seed)
     return build(numbered(new.dense(widths)), engine)
 
@@ -114,23 +114,24 @@ def vgg(
 
     """
     shape = check_shape("input_shape", input_shape)
-    for name, value in (("channels", channels), ("hidden", hidden)):
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise InvalidInput(f"{name} must be a sequence, such as {(32, 'M') if name == 'channels' else (100,)}")
-    if not isinstance(batch_norm, bool):
-        raise InvalidInput(f"batch_norm must be True or False, not {shown(batch_norm)}")
+    stages, units = listed(channels), listed(hidden)
+    for name, given, found in (("channels", channels, stages), ("hidden", hidden, units)):
+        if found is None:
+            example = (32, "M") if name == "channels" else (100,)
+            raise InvalidInput(f"{name} must be a sequence, such as {example}, not {shown(given)}")
+    normalised = flag("batch_norm", batch_norm)
     new, now = _New(activation, seed), shape[0]
     front: list[Part] = [Input(shape)]
-    for wanted in channels:
+    for wanted in stages or ():
         if wanted == "M":
             front.append(_pool())
             continue
         filters = check_count('each of channels but "M"', wanted, 1)
-        front.append(new.conv(now, filters, (3, 3), (1, 1), normalised=batch_norm))
-        if batch_norm:
+        front.append(new.conv(now, filters, (3, 3), (1, 1), normalised=normalised))
+        if normalised:
             front.append(new.batch_norm(filters))
         now = filters
-    widths = [check_count("each of hidden", n, 1) for n in hidden]
+    widths = [check_count("each of hidden", n, 1) for n in units or ()]
     with naming("vgg"):
         return _with_dense([*front, Flatten("")], new, (*widths, check_count("classes", classes, 1)), engine)
 

@@ -13,16 +13,17 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from .choices import check_count, check_number, shown
+from .choices import check_count, check_number, listed, shown
 from .engines.parts import Float, Int
 from .errors import InvalidInput
 from .files import StrPath, naming, read_bytes, reading, to_path
 
+_Number = TypeVar("_Number", np.float32, np.int64)
 _Bytes = npt.NDArray[np.uint8]
 
 # --- checks ----------------------------------------------------------------------------------------------
@@ -69,9 +70,27 @@ def as_inputs(x: object, features: int | None = None, shape: tuple[int, ...] = (
         raise InvalidInput(f"{name} must not be empty, but has the shape {x.shape}")
     columns: npt.NDArray[Any] = _flat(x) if images else x
     if columns.dtype == np.float32:
-        return np.ascontiguousarray(columns)
+        return _addressable(columns, np.float32)
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(columns, dtype=np.float32)
+        return _addressable(columns, np.float32)
+
+
+def as_samples(x: object, shape: tuple[int, ...]) -> tuple[npt.NDArray[Any], bool]:
+    """Return ``x`` as an array of samples, and whether it is one sample alone, (features,) or of this shape.
+
+    Raises:
+        InvalidInput: NumPy cannot make an array of it, or it is one-dimensional but no sample.
+
+    """
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:  # what lists and tensors of other libraries raise
+        raise InvalidInput(f"x must be an array of numbers, not {shown(x)}: {error}") from error
+    if array.ndim == 1 and array.size != math.prod(shape):
+        n = math.prod(shape)
+        raise InvalidInput(f"x must have the shape (samples, {n}), or ({n},) of one sample, not {array.shape}")
+    is_one = array.ndim == 1 or array.shape == shape
+    return (array[None] if is_one else array), is_one
 
 
 def check_labels(y: object, n: int, classes: int | None = None, name: str = "y") -> Int:
@@ -98,13 +117,19 @@ def check_labels(y: object, n: int, classes: int | None = None, name: str = "y")
     if outside.any():
         first = int(outside.argmax())
         raise InvalidInput(f"{name} must hold labels from 0 to {top}, not {y[first]} (at position {first})")
-    return np.ascontiguousarray(y, dtype=np.int64)
+    return _addressable(y, np.int64)
+
+
+def _addressable(array: npt.NDArray[Any], dtype: type[_Number]) -> npt.NDArray[_Number]:
+    """Return an array as engines can take it by its address; without a copy where it is so already."""
+    contiguous = np.ascontiguousarray(array, dtype)
+    return contiguous if contiguous.flags.aligned else contiguous.copy()
 
 
 def check_shape(name: str, value: object) -> tuple[int, int, int]:
     """Return (channels, height, width); InvalidInput unless these are three whole numbers from 1."""
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3:
-        channels, height, width = (check_count(f"each of {name}", n, 1) for n in value)
+    if (sizes := listed(value)) and len(sizes) == 3:
+        channels, height, width = (check_count(f"each of {name}", n, 1) for n in sizes)
         return channels, height, width
     raise InvalidInput(f"{name} must be (channels, height, width), not {shown(value)}")
 
@@ -124,8 +149,8 @@ class Dataset:
             unknown shape.
 
     Raises:
-        InvalidInput: what ``check_inputs`` and ``check_labels`` raise, ``classes`` is below 1, or samples cannot
-            have the ``shape``.
+        InvalidInput: what ``check_inputs`` and ``check_labels`` raise, ``name`` is no text, ``classes`` is below
+            1, or samples cannot have the ``shape``.
 
     """
 
@@ -139,6 +164,8 @@ class Dataset:
 
     def __post_init__(self) -> None:
         """Check the fields, and convert the arrays."""
+        if not isinstance(self.name, str):
+            raise InvalidInput(f"name must be text, not {shown(self.name)}")
         classes = check_count("classes", self.classes, 1)
         x_train = check_inputs(self.x_train, name="x_train")
         x_test = check_inputs(self.x_test, x_train.shape[1], name="x_test")

@@ -24,6 +24,7 @@ from .choices import (
     check_choice,
     check_count,
     check_number,
+    listed,
     shown,
     sparsities,
 )
@@ -198,9 +199,9 @@ def lottery_ticket(
     """
     check_choice("finetune", finetune, Rewind)
     check_number("tolerance", tolerance, 0, 1)
-    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds or len(set(seeds)) < len(seeds):
+    chosen = tuple(check_count("each of seeds", seed, 0) for seed in listed(seeds) or ())
+    if not chosen or len(set(chosen)) < len(chosen):
         raise InvalidInput(f"seeds must be one or more different whole numbers, not {shown(seeds)}")
-    chosen = tuple(check_count("each of seeds", seed, 0) for seed in seeds)
     plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, chosen[0])
 
     def network(seed: int) -> Network:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,10 @@ from .choices import (
     check_choice,
     check_match,
     check_sparsity,
+    listed,
     shown,
 )
-from .datasets import Dataset, as_inputs, check_inputs, check_labels
+from .datasets import Dataset, as_inputs, as_samples, check_inputs, check_labels
 from .engines import ConvLayer, Layer, Model, Part, Pool, get_engine
 from .engines.base import Kernels, Samples
 from .engines.parts import Bool, Float, Int, input_shape
@@ -107,11 +108,10 @@ class Network:
             InvalidInput: ``x`` has the wrong shape, is not numeric, or holds NaN or infinity.
 
         """
-        array, shape = np.asarray(x), self.input_shape
-        if array.ndim == 1 or array.shape == shape:
-            one: Float = self.model.forward(check_inputs(array[None], math.prod(shape), shape))[0]
-            return one
-        return self.model.forward(check_inputs(array, math.prod(shape), shape))
+        shape = self.input_shape
+        samples, is_one = as_samples(x, shape)
+        outputs = self.model.forward(check_inputs(samples, math.prod(shape), shape))
+        return outputs.reshape(-1) if is_one else outputs
 
     def predict(self, x: object) -> Int:
         """Return the class of each sample, (samples,) int64: the index of its largest output."""
@@ -123,7 +123,10 @@ class Network:
         return build(self.parts, engine or self.engine)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let ``copy.deepcopy`` and ``pickle`` (between processes) make networks of their own."""
+        """Let ``copy.deepcopy`` and ``pickle`` make networks of their own.
+
+        Processes of ``multiprocessing`` that use them must be started by "spawn": Julia does not survive a fork.
+        """
         return build, (self.parts, self.engine)
 
     def compact(self) -> Network:
@@ -149,14 +152,15 @@ class Network:
             InvalidInput: ``kernels`` is none of these.
 
         """
-        chosen = kernels if isinstance(kernels, str) else tuple(kernels)
-        names = (chosen,) if isinstance(chosen, str) else chosen
-        known = ("auto", "sparse", "dense")
-        if not set(names) <= set(known) or (names == chosen and len(names) != len(self.layers)):
+        known, one_for_all = ("auto", "sparse", "dense"), isinstance(kernels, str)
+        names = (kernels,) if one_for_all else listed(kernels) or ()
+        fitting = [str(name) for name in names if isinstance(name, str) and name in known]
+        if len(names) != (1 if one_for_all else len(self.layers)) or len(fitting) != len(names):
             raise InvalidInput(
                 f"kernels must be one of {', '.join(known)}, or a list with one of these for each of the "
                 f"{len(self.layers)} layers, not {shown(kernels)}"
             )
+        chosen = fitting[0] if one_for_all else tuple(fitting)
         return SparseNetwork(self.model.sparsify(chosen), self.features, self.input_shape, self.density)
 
     def save(self, path: str | PathLike[str], *, sparse: bool = False) -> None:
@@ -271,13 +275,19 @@ class SparseNetwork:
             InvalidInput: ``x`` has the wrong shape, is not numeric, or holds NaN or infinity.
 
         """
-        array = np.asarray(x)
-        is_one = array.ndim == 1 or array.shape == self._input_shape
-        samples = array[None] if is_one else array
+        samples, is_one = as_samples(x, self._input_shape)
         outputs, finite = self._function(as_inputs(samples, self._features, self._input_shape))
         if not finite:
             check_inputs(samples, self._features, self._input_shape)
         return outputs.reshape(-1) if is_one else outputs
+
+    def __deepcopy__(self, memo: object) -> SparseNetwork:
+        """Return the same: it never changes."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled: what it calls is in the engine's memory."""
+        raise TypeError("a sparse network cannot be pickled; pickle the network, and call its sparsify again")
 
     def __repr__(self) -> str:
         """Return the density."""
@@ -321,11 +331,13 @@ def to_torch(net: Network) -> torch.nn.Sequential:
     network has convolutions the module takes (samples, channels, height, width).
 
     Raises:
+        InvalidInput: ``net`` is no network.
         EngineUnavailable: PyTorch is not installed.
 
     """
     from . import exchange
 
+    check_choice("net", net, Network)
     return exchange.module_from_parts(net.parts)
 
 

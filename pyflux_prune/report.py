@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import InvalidInput
+from .files import to_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +116,8 @@ def plot_sensitivity(result: Sensitivity, path: str | PathLike[str]) -> None:
 
 
 def _write(figure: Figure, path: str | PathLike[str]) -> None:
+    target = to_path(path)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(target, dpi=150)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"the plot cannot be written to {path}: {error}") from error

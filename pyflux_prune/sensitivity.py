@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import report
-from .choices import Layerwise, Magnitude, Saliency, check_choice, check_match, check_number, shown
+from .choices import Layerwise, Magnitude, Saliency, check_choice, check_match, check_number, listed, shown
 from .datasets import Dataset
 from .errors import InvalidInput, LayerCollapse
 from .network import Network, check_dataset
@@ -108,8 +108,7 @@ def sensitivity(
     samples = check_dataset(net, data)
     check_choice("saliency", saliency, Saliency)
     check_match(saliency, Layerwise())
-    listed = isinstance(rates, (Sequence, np.ndarray)) and not isinstance(rates, str)
-    chosen = tuple(check_number("each of rates", rate, 0, 1) for rate in rates) if listed else ()
+    chosen = tuple(check_number("each of rates", rate, 0, 1) for rate in listed(rates) or ())
     if not chosen or list(chosen) != sorted(set(chosen)):
         raise InvalidInput(f"rates must be one or more sparsities that go up, not {shown(rates)}")
     parts, layers, copy = net.parts, net.layers, net.copy().model

@@ -103,14 +103,14 @@ def test_both_engines_begin_with_the_same_parts(make: Any) -> None:
         (fp.lenet5, {"activation": "gelu"}, "activation must be one of identity, relu, tanh, sigmoid, not 'gelu'"),
         (fp.lenet5, {"seed": -1}, "seed must be"),
         (fp.vgg, {"channels": (8, "M") * 5}, r"vgg: layer \d+ has windows of \(2, 2\), which do not fit into"),
-        (fp.vgg, {"channels": 32}, "channels must be a sequence, such as"),
+        (fp.vgg, {"channels": 32}, r"channels must be a sequence, such as \(32, 'M'\), not 32"),
         (fp.vgg, {"channels": "M"}, "channels must be a sequence, such as"),
         (
             fp.vgg,
             {"channels": (8, "A")},
             'each of channels but "M" must be a whole number',
         ),
-        (fp.vgg, {"hidden": 100}, "hidden must be a sequence"),
+        (fp.vgg, {"hidden": 100}, r"hidden must be a sequence, such as \(100,\), not 100"),
         (fp.vgg, {"hidden": (0,)}, "each of hidden must be"),
         (fp.vgg, {"batch_norm": 1}, "batch_norm must be True or False, not 1"),
     ],
@@ -118,6 +118,14 @@ def test_both_engines_begin_with_the_same_parts(make: Any) -> None:
 def test_bad_architectures_are_named(make: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.InvalidInput, match=message):
         make(**options, engine="torch")
+
+
+def test_sizes_may_be_arrays() -> None:
+    assert fp.mlp(np.array([4, 3, 2]), engine="torch").sketch == "4–3–2"  # type: ignore[arg-type]
+    shape = np.array([1, 12, 12])
+    assert fp.lenet5(input_shape=shape, engine="torch").input_shape == (1, 12, 12)  # type: ignore[arg-type]
+    net = fp.vgg(np.array([3, 4]), np.array([5]), input_shape=shape, engine="torch")  # type: ignore[arg-type]
+    assert net.sketch == "1×12×12–3@3×3–4@3×3–5–10"
 
 
 def test_vgg_without_convolutions_is_a_perceptron_of_images() -> None:

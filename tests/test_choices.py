@@ -163,6 +163,7 @@ def test_a_class_of_the_user_s_own_changes_nothing_for_others() -> None:
 def test_layers_to_exclude_may_be_a_number_or_an_array() -> None:
     assert fp.Global(exclude=-1).exclude == (-1,)  # type: ignore[arg-type]
     assert fp.Global(exclude=np.array([0, 2])) == fp.Global(exclude=(0, 2))  # type: ignore[arg-type]
+    assert fp.Global(exclude=np.array(1)) == fp.Global(exclude=(1,))  # type: ignore[arg-type]
 
 
 def test_the_learning_rate_decays_by_epoch() -> None:

@@ -156,6 +156,7 @@ def test_a_dataset_keeps_good_arrays_and_converts_others() -> None:
         ({"x_test": np.zeros((20, 2))}, r"x_test must have the shape \(samples, 3\), not \(20, 2\)"),
         ({"y_train": np.zeros(19, int)}, "y_train must hold one label for each of 20 samples"),
         ({"y_test": np.full(20, 4)}, "y_test must hold labels from 0 to 3, not 4"),
+        ({"name": 5}, "name must be text, not 5"),
         ({"classes": 0}, "classes must be a whole number of at least 1, not 0"),
         ({"classes": 4.0}, "classes must be a whole number of at least 1, not 4.0"),
     ],

@@ -517,13 +517,20 @@ def test_training_that_diverges_says_so(engine: str, blobs: Dataset) -> None:
         fp.iterative_prune(net, blobs, training=fp.Training(epochs=20, optimiser=fp.Descent(1e30)))
 
 
-def test_a_plot_that_cannot_be_written_is_named(blobs: Dataset, tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_written_is_named(
+    blobs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = fp.iterative_prune(fp.mlp([6, 3], engine="torch"), blobs, schedule=[0.5], training=QUICK)
     run.plot(tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text()
     for path in (tmp_path / "curve.nonsense", tmp_path / "missing" / "curve.png"):
         with pytest.raises(fp.InvalidInput, match="plot"):
             run.plot(path)
+    with pytest.raises(fp.InvalidInput, match="path must be the name of a file or folder, not 5"):
+        run.plot(5)  # type: ignore[arg-type]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run.plot("~/at_home.png")
+    assert (tmp_path / "at_home.png").exists()
 
 
 def test_progress_goes_to_stderr_only_when_wanted(blobs: Dataset, capfd: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,7 @@ def test_the_result_as_table_markdown_and_json() -> None:
         ({"seeds": ()}, ["seeds", "()"]),
         ({"seeds": (1, 1)}, ["seeds", "different"]),
         ({"seeds": 3}, ["seeds", "3"]),
+        ({"seeds": [[1]]}, ["each of seeds", "[1]"]),
         ({"seeds": (0, -1)}, ["seeds", "-1"]),
         ({"finetune": fp.Continue()}, ["finetune must be Rewind", "Continue"]),
         ({"finetune": fp.Rewind(99)}, ["21 training steps", "99"]),

@@ -4,9 +4,11 @@ import copy
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -267,9 +269,75 @@ def test_bad_inputs_are_named(engine: str, x: np.ndarray, names: list[str]) -> N
 
 
 @pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([[1, 2], [3]], r"x must be an array of numbers, not \[\[1, 2\], \[3\]\]: .*inhomogeneous"),
+        (torch.ones(3, 6, requires_grad=True), r"x must be an array of numbers, not tensor.*detach"),
+        (np.zeros(5), r"x must have the shape \(samples, 6\), or \(6,\) of one sample, not \(5,\)"),
+        (5, r"x must have the shape \(samples, 6\), not \(\)"),
+    ],
+)
+def test_what_is_no_array_is_named(engine: str, x: object, message: str) -> None:
+    net = fp.mlp([6, 4], engine=engine)
+    for function in (net, net.sparsify(), net.predict):
+        with pytest.raises(fp.InvalidInput, match=message):
+            function(x)  # type: ignore[operator]
+
+
+def test_arrays_may_lie_anywhere_in_memory(engine: str) -> None:
+    x, y = samples()
+    odd_x = np.frombuffer(b"x" + x.tobytes(), np.float32, offset=1).reshape(x.shape)
+    odd_y = np.frombuffer(b"y" + y.tobytes(), np.int64, offset=1)
+    assert not odd_x.flags.aligned
+    net = fp.mlp([6, 9, 4], engine=engine)
+    np.testing.assert_array_equal(net(odd_x), net(x))
+    np.testing.assert_array_equal(net.sparsify()(odd_x), net.sparsify()(x))
+    data = fp.datasets.arrays(odd_x, odd_y, odd_x, odd_y)
+    fp.iterative_prune(net, data, saliency=fp.Taylor(), schedule=[0.5], training=fp.Training(epochs=1))
+    fp.prune(net, fp.Taylor(), sparsity=0.6, data=(odd_x, odd_y))
+    assert net.sparsity == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize("kernels", [None, 5, "fast", ["auto"], [["auto"], ["auto"]], ["auto", None], {"auto": 1}])
+def test_unknown_kernels_are_named(engine: str, kernels: Any) -> None:
+    with pytest.raises(
+        fp.InvalidInput, match=r"kernels must be one of auto, sparse, dense, or a list .* 2 layers"
+    ):
+        fp.mlp([6, 9, 4], engine=engine).sparsify(kernels=kernels)
+
+
+def test_kernels_may_be_of_numpy(engine: str) -> None:
+    x = np.eye(6)
+    for sizes, kernels in (([6, 4], np.str_("dense")), ([6, 9, 4], np.array(["sparse", "dense"]))):
+        net = fp.mlp(sizes, engine=engine)
+        np.testing.assert_allclose(net.sparsify(kernels=kernels)(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sparse_network_stays_in_its_process(engine: str) -> None:
+    fast = fp.mlp([6, 4], engine=engine).sparsify()
+    with pytest.raises(TypeError, match="pickle the network, and call its sparsify again"):
+        pickle.dumps(fast)
+    assert copy.deepcopy([fast]) == [fast]
+
+
+def test_what_is_no_network_is_named() -> None:
+    with pytest.raises(fp.InvalidInput, match="net must be Network, not 5"):
+        fp.to_torch(5)  # type: ignore[arg-type]
+
+
+def test_layers_are_compared_by_identity() -> None:
+    net, other = (fp.vgg((2,), input_shape=(1, 4, 4), engine="torch") for _ in range(2))
+    assert [a == b for a, b in zip(net.layers, other.layers, strict=True)] == [False, False]
+    assert net.parts != other.parts
+    assert len({*net.layers}) == 2
+
+
+@pytest.mark.parametrize(
     ("arguments", "name"),
     [
         (([6],), "sizes"),
+        (({6: 1, 2: 1},), "sizes"),
+        ((np.zeros((2, 2), int),), "each of sizes"),
         (([6, 0],), "sizes"),
         (([6, 2.5],), "sizes"),
         (("64",), "sizes"),
@@ -284,8 +352,9 @@ def test_bad_sizes_are_named(arguments: tuple[object], name: str) -> None:
 def test_unknown_names_are_listed_with_the_known() -> None:
     with pytest.raises(fp.InvalidInput, match=r"relu, tanh, sigmoid.*'swish'"):
         fp.mlp([2, 2], activation="swish", engine="torch")
-    with pytest.raises(fp.InvalidInput, match=r"auto, julia, torch.*'jax'"):
-        fp.mlp([2, 2], engine="jax")
+    for engine in ("jax", ["julia"], None):
+        with pytest.raises(fp.InvalidInput, match=r"engine must be one of auto, julia, torch, not \S+$"):
+            fp.mlp([2, 2], engine=engine)  # type: ignore[arg-type]
 
 
 def test_saving_and_loading(engine: str, tmp_path: Path) -> None:
@@ -310,8 +379,6 @@ def test_a_copy_is_independent(engine: str) -> None:
 
 
 def test_torch_and_back(engine: str) -> None:
-    import torch
-
     net = fp.prune(fp.mlp([6, 9, 4], engine=engine), sparsity=0.6)
     x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
     module = fp.to_torch(net)

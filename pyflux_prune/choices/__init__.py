@@ -14,6 +14,7 @@ from .checks import (
     check_sparsity,
     choices_on,
     flag,
+    listed,
     shown,
 )
 from .finetune import (
@@ -134,6 +135,7 @@ __all__ = [
     "finetune_by_name",
     "flag",
     "from_json",
+    "listed",
     "schedule_by_name",
     "shown",
     "sparsities",

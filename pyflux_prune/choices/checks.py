@@ -45,6 +45,17 @@ def shown(value: object) -> str:
     return " ".join(_Brief().repr(value).split())
 
 
+def plain(value: object) -> Any:
+    """Return an array as lists, or as the number that it is; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def listed(value: object) -> tuple[Any, ...] | None:
+    """Return the items of a sequence or an array; None for anything else, also for text."""
+    items = plain(value)
+    return tuple(items) if isinstance(items, Sequence) and not isinstance(items, (str, bytes)) else None
+
+
 def check_number(
     name: str, value: object, low: float, high: float, *, open_low: bool = False, otherwise: str = ""
 ) -> float:
@@ -66,10 +77,9 @@ def check_number(
 
 def check_sparsity(value: object, name: str = "sparsity") -> Sparsity:
     """Return a sparsity in [0, 1), or one per layer as a tuple; InvalidInput otherwise."""
-    each = value.tolist() if isinstance(value, np.ndarray) else value
-    if isinstance(each, Sequence) and not isinstance(each, str) and each:
+    if each := listed(value):
         return tuple(check_number(name, one, 0, 1) for one in each)
-    return check_number(name, each, 0, 1, otherwise=", or one per layer")
+    return check_number(name, plain(value), 0, 1, otherwise=", or one per layer")
 
 
 def check_count(name: str, value: object, low: int, *, below: int = MACHINE) -> int:

@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..errors import InvalidInput
-from .checks import Choice, Sparsity, check_sparsity, choices_on, positive, share, shown, steps
+from .checks import Choice, Sparsity, check_sparsity, choices_on, listed, positive, share, shown, steps
 
 
 def _each(rule: Callable[..., float], *values: Sparsity) -> Sparsity:
@@ -129,10 +127,10 @@ def sparsities(schedule: Sparsities) -> list[Sparsity]:
 
     """
     if isinstance(schedule, Schedule):
-        given: Sequence[Any] = schedule.sparsities()
-    elif isinstance(schedule, (Sequence, np.ndarray)) and not isinstance(schedule, str):
-        given = schedule
+        given: Sequence[Any] | None = schedule.sparsities()
     else:
+        given = listed(schedule)
+    if given is None:
         names = ", ".join(c.__name__ for c in choices_on(Schedule))
         raise InvalidInput(f"schedule must be {names} or a list of sparsities, not {shown(schedule)}")
     targets = [check_sparsity(s, "each sparsity of a schedule") for s in given]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from ..errors import InvalidInput
-from .checks import Choice, choices_on, count, flag, number, shown
+from .checks import Choice, choices_on, count, flag, listed, number, plain, shown
 from .saliency import Saliency
 
 
 def _places(name: str, value: object) -> tuple[int, ...]:
-    places: Sequence[Any] = value if isinstance(value, (Sequence, np.ndarray)) else (value,)  # type: ignore[assignment]
+    places = listed(value)
+    places = (plain(value),) if places is None else places
     if all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in places):
         return tuple(int(i) for i in places)
     raise InvalidInput(

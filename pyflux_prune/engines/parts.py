@@ -34,7 +34,7 @@ class Input:
     shape: tuple[int, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One prunable dense layer, σ.((weight .* mask) * x .+ bias).
 
@@ -64,7 +64,7 @@ class Layer:
         return 1.0 - self.density
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConvLayer(Layer):
     """One prunable convolution: weight and mask are (out, in, height, width), as in ``torch.nn.Conv2d``.
 
@@ -80,7 +80,7 @@ class ConvLayer(Layer):
     dilation: Pair = (1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchNorm:
     """Batch normalisation of each channel, σ.(weight .* (x .- mean) ./ √(variance + epsilon) .+ bias).
 
