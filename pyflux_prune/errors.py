@@ -16,7 +16,10 @@ class EngineUnavailable(PruneError, RuntimeError):
 
 
 class Diverged(PruneError, ArithmeticError):
-    """A training loss became infinite or NaN; the network is as it was before that step."""
+    """A training loss, or a weight in the last step, became infinite or NaN.
+
+    The network is as it was before the step with that loss; or as the last step left it.
+    """
 
 
 class LayerCollapse(UserWarning):

@@ -46,8 +46,9 @@ from .choices import (
 )
 from .datasets import Dataset
 from .engines import Layer, Model, check_engine, get_engine
+from .engines.base import check_saliency
 from .engines.parts import Int, Part, arrays, check_batches, copies, masked
-from .errors import InvalidInput, LayerCollapse
+from .errors import Diverged, InvalidInput, LayerCollapse
 from .files import naming, to_path
 from .network import Network, build, check_dataset
 
@@ -151,7 +152,7 @@ class Round:
         round: 0 before the first pruning, then 1, 2, ….
         sparsity: pruned ÷ all prunable weights.
         accuracy: share of test samples classified correctly.
-        loss: mean cross-entropy on the test set.
+        loss: mean cross-entropy on the test set; in files, null where it is not finite.
         nonzero: prunable weights kept.
         seconds: wall-clock time of pruning, training and evaluation.
         layers: the density of each layer.
@@ -175,7 +176,7 @@ class Round:
             check_count("round", number, 0),
             check_number("sparsity", sparsity, 0, math.inf),
             check_number("accuracy", accuracy, 0, math.inf),
-            check_number("loss", loss, 0, math.inf),
+            math.nan if loss is None else check_number("loss", loss, 0, math.inf),
             check_count("nonzero", nonzero, 0),
             check_number("seconds", seconds, 0, math.inf),
             tuple(map(LayerDensity.from_json, _typed("a round's layers", layers, list))),
@@ -323,7 +324,7 @@ def iterative_prune(
 
     Raises:
         InvalidInput: an argument cannot be used. Nothing has changed then, and nothing has been written.
-        Diverged: a training loss is not finite. Rounds that were done are in ``out``.
+        Diverged: a training loss, or at the end a weight, is not finite. Rounds that were done are in ``out``.
 
     """
     plan = Plan(saliency, structure, tuple(sparsities(schedule)), finetune, training, seed, pretrain)
@@ -385,9 +386,9 @@ def check_fit(net: Network, data: Dataset, plan: Plan, done: int = 0) -> None:
     steps = plan.training.epochs * steps_per_epoch(len(data.y_train), plan.training)
     if isinstance(plan.finetune, Rewind) and plan.finetune.to > steps:
         raise InvalidInput(f"finetune must rewind to one of the {steps} training steps, not {plan.finetune.to}")
-    for training in (plan.training, getattr(plan.saliency, "training", None)):
-        if training is not None and training.epochs:
-            check_batches(net.parts, len(data.y_train), training.batchsize)
+    if plan.training.epochs:
+        check_batches(net.parts, len(data.y_train), plan.training.batchsize, "training's")
+    check_saliency(plan.saliency, net.parts, samples)
     targets, parts, trial = plan.schedule[done:], net.parts, net.copy().model
     with naming("this cannot be pruned as asked"), warnings.catch_warnings():
         warnings.simplefilter("ignore", LayerCollapse)
@@ -508,7 +509,14 @@ def _drawn(rng: np.random.Generator, part: Part) -> Part:
 
 
 def evaluate(model: Model, data: Dataset, number: int, began: float) -> Round:
-    """Return a round that began at ``began``, in seconds of ``time.perf_counter``, as it ends now."""
+    """Return a round that began at ``began``, in seconds of ``time.perf_counter``, as it ends now.
+
+    Raises:
+        Diverged: the last step of its training left a value that is not finite, which no loss has told.
+
+    """
+    if not all(np.isfinite(array).all() for part in model.parts() for array in arrays(part).values()):
+        raise Diverged("training left weights that are not finite; try a lower learning rate")
     loss, accuracy = model.evaluate(data.x_test, data.y_test)
     layers = model.layers()
     nonzero, weights = sum(int(la.mask.sum()) for la in layers), sum(la.mask.size for la in layers)

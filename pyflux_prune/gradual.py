@@ -72,7 +72,7 @@ def gradual_prune(
 
     Raises:
         InvalidInput: an argument cannot be used, or training ends before the schedule. Nothing has changed then.
-        Diverged: a training loss is not finite.
+        Diverged: a training loss, or at the end a weight, is not finite.
 
     """
     total, samples = _steps(net, data, training), (data.x_train, data.y_train)
@@ -133,7 +133,7 @@ def sparse_train(
     Raises:
         InvalidInput: an argument cannot be used, nothing is pruned, or nothing would grow before ``stop``.
             Nothing has changed then.
-        Diverged: a training loss is not finite.
+        Diverged: a training loss, or at the end a weight, is not finite.
 
     """
     total, n = _steps(net, data, training), len(data.y_train)
@@ -164,7 +164,7 @@ def _steps(net: Network, data: Dataset, training: Training) -> int:
     check_choice("training", training, Training)
     _, y = check_dataset(net, data)
     if training.epochs:
-        check_batches(net.parts, len(y), training.batchsize)
+        check_batches(net.parts, len(y), training.batchsize, "training's")
     return training.epochs * steps_per_epoch(len(y), training)
 
 

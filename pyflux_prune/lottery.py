@@ -194,7 +194,7 @@ def lottery_ticket(
     Raises:
         InvalidInput: an argument cannot be used; nothing is trained then.
         EngineUnavailable: the engine cannot be had here.
-        Diverged: a training loss is not finite.
+        Diverged: a training loss, or at the end a weight, is not finite.
 
     """
     check_choice("finetune", finetune, Rewind)

@@ -17,7 +17,6 @@ from .choices import (
     Saliency,
     Structure,
     check_choice,
-    check_match,
     check_sparsity,
     listed,
     shown,
@@ -243,9 +242,6 @@ def prune(
     check_choice("net", net, Network)
     check_choice("saliency", saliency, Saliency)
     check_choice("structure", structure, Structure)
-    check_match(saliency, structure)
-    if saliency.needs_data and data is None:
-        raise InvalidInput(f"data must be given, as the saliency {type(saliency).__name__} needs data")
     samples = None if data is None else check_samples(net, data)
     net.model.prune(saliency, None if sparsity is None else check_sparsity(sparsity), structure, samples)
     return net

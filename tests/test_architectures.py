@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_both_engines_begin_with_the_same_parts(make: Any) -> None:
 def test_bad_architectures_are_named(make: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.InvalidInput, match=message):
         make(**options, engine="torch")
+
+
+@pytest.mark.parametrize("criterion", [fp.OBD(), fp.OBS(full=True), fp.Redundancy(), fp.Redundancy(True)])
+def test_some_criteria_are_for_dense_layers_only(engine: str, criterion: Any) -> None:
+    x, y = images(12), np.arange(12) % 3
+    structure = fp.Neurons() if criterion.of_neurons else fp.Global()
+    message = (
+        rf"saliency {re.escape(str(criterion))} is for networks of dense layers only, but net has other parts$"
+    )
+    with pytest.raises(fp.InvalidInput, match=message):
+        fp.prune(tiny(engine), criterion, sparsity=0.5, structure=structure, data=(x, y))
+    with pytest.raises(fp.InvalidInput, match=message):
+        tiny(engine).model.scores(criterion, (x.reshape(12, -1), y))
+    dense = fp.vgg((), (4,), input_shape=(2, 6, 6), classes=3, engine=engine)
+    fp.prune(dense, criterion, sparsity=0.2, structure=structure, data=(x, y))
 
 
 def test_sizes_may_be_arrays() -> None:

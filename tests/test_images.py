@@ -182,17 +182,21 @@ def test_batches_of_one_are_refused_where_they_cannot_be_normalised(engine: str,
     before = copies(net.parts)
     one = fp.Training(epochs=1, batchsize=239)  # 240 samples
     message = "batchsize 239 makes a batch of one of 240 samples, but layer 1, which normalises batches, needs two"
-    for act in (
-        lambda training: fp.iterative_prune(net, digits, schedule=[0.5], training=training),
-        lambda training: fp.gradual_prune(net, digits, schedule=[0.5], every=1, training=training),
-        lambda training: fp.sparse_train(net, digits, training=training),
-        lambda training: fp.iterative_prune(
-            net, digits, saliency=fp.Movement(training), schedule=[0.5], training=QUICK
-        ),
+    movement = {"saliency": fp.Movement(one)}
+    for whose, act in (
+        ("training's", lambda: fp.iterative_prune(net, digits, schedule=[0.5], training=one)),
+        ("training's", lambda: fp.gradual_prune(net, digits, schedule=[0.5], every=1, training=one)),
+        ("training's", lambda: fp.sparse_train(net, digits, training=one)),
+        ("Movement's", lambda: fp.iterative_prune(net, digits, schedule=[0.5], training=QUICK, **movement)),
+        ("Movement's", lambda: fp.gradual_prune(net, digits, schedule=[0.5], training=QUICK, **movement)),
+        ("Movement's", lambda: fp.prune(net, sparsity=0.5, data=digits, **movement)),
+        ("Movement's", lambda: fp.sensitivity(net, digits, **movement)),
+        ("Movement's", lambda: net.model.scores(fp.Movement(one), (digits.x_train, digits.y_train))),
     ):
-        with pytest.raises(fp.InvalidInput, match=message):
-            act(one)
+        with pytest.raises(fp.InvalidInput, match=f"^{whose} {message}"):
+            act()
     assert_same(net.parts, before)
+    fp.prune(net, fp.EdgePopup(0.5, one), sparsity=0.1, data=digits)  # which uses the stored statistics
     fp.iterative_prune(net, digits, schedule=[0.5], training=QUICK)
     fp.iterative_prune(tiny(engine), digits, schedule=[0.5], training=one)  # of images: 64 values in each channel
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from conftest import run_julia, run_python
 
 import pyflux_prune as fp
 from pyflux_prune.engines import julia
+from pyflux_prune.engines.parts import alike, arrays, with_arrays
 
 
 def test_importing_starts_nothing() -> None:
@@ -57,14 +60,16 @@ def test_threads_may_need_julia_at_the_same_time(first: str) -> None:
 {first}
 import threading
 import pyflux_prune as fp
+shapes = []
 def use():
-    print(fp.mlp([4, 3, 2], engine="julia")([1, 2, 3, 4]).shape)
+    shapes.append(fp.mlp([4, 3, 2], engine="julia")([1, 2, 3, 4]).shape)
 threads = [threading.Thread(target=use) for _ in range(4)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
+print(shapes)
 """
     )
-    assert (done.returncode, done.stdout) == (0, 4 * "(2,)\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{4 * [(2,)]}\n"), done.stderr
 
 
 THREADS = """
@@ -161,6 +166,21 @@ def test_weights_and_masks_are_views_of_julia_s_memory() -> None:
     assert model.layers[0].dense.weight[3, 4] == 42
     net.layers[0].mask[3, 4] = False
     assert not model.layers[0].mask[3, 4]
+
+
+@pytest.mark.julia
+def test_arrays_that_julia_has_copied_are_not_kept() -> None:
+    parts = fp.vgg((2,), (4,), input_shape=(1, 4, 4), engine="torch").copy().parts
+    given = [{name: array.copy() for name, array in arrays(part).items()} for part in parts]
+    held = [weakref.ref(array) for each in given for array in each.values()]
+    model = julia.JuliaEngine().build([with_arrays(*each) for each in zip(parts, given, strict=True)])
+    del given
+    gc.collect()
+    assert [ref() for ref in held] == [None] * len(held)
+    assert alike(model.parts(), parts)
+    fp.Network(model).layers[0].mask[0] = False
+    small = model.compact()
+    assert small.parts()[1].weight.shape == (1, 1, 3, 3)
 
 
 @pytest.mark.julia

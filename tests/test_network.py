@@ -230,6 +230,9 @@ def test_a_compact_network_computes_the_same(engine: str) -> None:
         ({"sparsity": 0.5, "data": fp.datasets.arrays(*samples(classes=5))}, ["5 classes", "4 outputs"]),
         ({"sparsity": 0.5, "structure": fp.NofM()}, ["multiple", "4", "6", "exclude"]),
         ({"sparsity": 0.5, "structure": fp.Global(exclude=2)}, ["exclude", "2"]),
+        ({"sparsity": 0.5, "structure": fp.Global(exclude=(0, 1))}, ["exclude must leave layers", "not (0, 1)"]),
+        ({"sparsity": 0.5, "structure": fp.Neurons(exclude=(0,))}, ["exclude must leave layers", "not (0,)"]),
+        ({"sparsity": (0.5, 0.5), "structure": fp.ERK()}, ["sparsity must be one number with ERK", "one per"]),
     ],
 )
 def test_bad_pruning_changes_nothing(engine: str, arguments: dict[str, object], names: list[str]) -> None:

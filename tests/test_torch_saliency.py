@@ -210,7 +210,7 @@ def test_criteria_that_need_data_say_so(criterion: Saliency, sparsity: float) ->
     """Also where there is nothing to prune."""
     model = pruned_model(0.3)
     before = arrays(model)
-    message = f"{type(criterion).__name__} needs data"
+    message = f"data must be given, as the saliency {type(criterion).__name__} needs data"
     with pytest.raises(InvalidInput, match=message):
         model.scores(criterion)
     with pytest.raises(InvalidInput, match=message):

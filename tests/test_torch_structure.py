@@ -643,7 +643,7 @@ def empty_some_neurons(model: TorchModel) -> None:
 
 
 BAD: list[tuple[Sparsity | None, Structure, Any, str]] = [
-    ((0.6, 0.6, 0.6), Global(), None, r"sparsity must be one number with Global.* not \(0\.6, 0\.6, 0\.6\)"),
+    ((0.6, 0.6, 0.6), Global(), None, r"sparsity must be one number with Global.* not one per layer"),
     ((0.6, 0.6, 0.6), ERK(), None, "sparsity must be one number with ERK"),
     ((0.4, 0.4), NofM(1, 2, exclude=(0, 2)), None, "sparsity must be one number with NofM"),
     ((0.6, 0.6), Neurons(), None, "sparsity must be one number with Neurons"),
@@ -687,8 +687,8 @@ BAD: list[tuple[Sparsity | None, Structure, Any, str]] = [
     ),
     (0.9, Global(exclude=(3,)), None, "exclude must hold numbers of the 3 prunable layers, .* not 3"),
     (0.9, Layerwise(exclude=(0, -4)), None, "exclude must hold numbers of the 3 prunable layers, .* not -4"),
-    (0.9, ERK(exclude=(0, 1, -1)), None, r"exclude = \(0, 1, -1\) leaves no layer"),
-    (0.9, Neurons(exclude=(0, 1)), None, r"exclude = \(0, 1\) leaves no layer"),
+    (0.9, ERK(exclude=(0, 1, -1)), None, r"exclude must leave layers that can be pruned, not \(0, 1, -1\)"),
+    (0.9, Neurons(exclude=(0, 1)), None, r"exclude must leave layers that can be pruned, not \(0, 1\)"),
     (None, NofM(), None, "layer 0 has 7 inputs, not a multiple of m = 4.* exclude"),
     (0.6, NofM(1, 2, exclude=(0, 2)), None, "at most 0.5 for 1 of 2 weights to stay, not 0.6"),
     (0.9, Global(), spoil_last_layer, "layer 4 cannot be pruned: scores of its weights are NaN"),

@@ -44,6 +44,13 @@ class Saliency(
     """Whether there is one score per neuron of each layer, (out,), for ``Neurons``, and not one per weight."""
     random: ClassVar[bool] = False
     """Whether the two engines draw different numbers."""
+    normalises: ClassVar[bool] = False
+    """Whether batch normalisation uses the statistics of the batches that ``training`` makes."""
+
+    @property
+    def of_dense_layers(self) -> bool:
+        """Whether the network must be of dense layers only."""
+        return False
 
     @property
     def needs_data(self) -> bool:
@@ -134,6 +141,11 @@ class OBD(Saliency):
     _data: ClassVar[bool] = True
     exact: bool = False
 
+    @property
+    def of_dense_layers(self) -> bool:
+        """Whether the network must be of dense layers only."""
+        return not self.exact
+
 
 @dataclass(frozen=True)
 class OBS(Saliency):
@@ -149,6 +161,11 @@ class OBS(Saliency):
     full: bool = False
     damping: float = 0.01
     iterations: int = 10
+
+    @property
+    def of_dense_layers(self) -> bool:
+        """Whether the network must be of dense layers only."""
+        return self.full
 
 
 @dataclass(frozen=True)
@@ -166,6 +183,7 @@ class Movement(Saliency):
     """
 
     _data: ClassVar[bool] = True
+    normalises: ClassVar[bool] = True
     training: Training = field(default_factory=lambda: Training(epochs=1))
 
 
@@ -199,6 +217,11 @@ class Redundancy(Saliency):
     def needs_data(self) -> bool:
         """Whether scores depend on samples."""
         return self.activations
+
+    @property
+    def of_dense_layers(self) -> bool:
+        """Whether the network must be of dense layers only."""
+        return True
 
 
 @dataclass(frozen=True)

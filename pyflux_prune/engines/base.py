@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..choices import Optimiser, Regrowth, Saliency, Sparsity, Structure
+from ..choices import Neurons, Optimiser, Regrowth, Saliency, Sparsity, Structure, check_choice, check_match
 from ..errors import InvalidInput, LayerCollapse
-from .parts import Float, Int, Layer, Part, alike, prunable
+from .parts import Flatten, Float, Input, Int, Layer, Part, alike, check_batches, prunable
 
 Scores = npt.NDArray[np.floating[Any]]
 """Most criteria are computed in float64."""
@@ -84,13 +84,19 @@ class Model(ABC):
     def adjust(self, eta: float) -> None:
         """Set the learning rate of the training run that ``start`` began; its memory stays."""
 
-    @abstractmethod
     def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
         """Return the saliency of each layer's weights, in their shape, or of its neurons, (out,).
 
-        Neurons of a convolution are its filters. Criteria that need data are given some. Raises InvalidInput where
-        they will not do: a batch without some class, a singular Hessian, a network that is too large.
+        Neurons of a convolution are its filters. Raises InvalidInput for a choice that engines do not have, and
+        where network or data will not do: other layers than dense ones, none or too few samples, a batch without
+        some class, a singular Hessian, a network that is too large.
         """
+        check_saliency(saliency, self.parts(), data)
+        return self._scores(saliency, data)
+
+    @abstractmethod
+    def _scores(self, saliency: Saliency, data: Samples | None) -> list[Scores]:
+        """Do what ``scores`` promises, for what has been checked."""
 
     def prune(
         self,
@@ -105,12 +111,11 @@ class Model(ABC):
         a competing group is sparser already, where ``saliency`` and ``structure`` do not fit each other, and
         what ``scores`` raises.
         """
-        alive = [bool(layer.mask.any()) for layer in self.layers()]
-        if wrong := [i for i in structure.exclude if not -len(alive) <= i < len(alive)]:
-            raise InvalidInput(
-                f"exclude must hold numbers of the {len(alive)} prunable layers, from 0 or from the end (-1), "
-                f"not {wrong[0]}"
-            )
+        parts = self.parts()
+        check_saliency(saliency, parts, data)
+        _check_structure(structure, len(prunable(parts)), sparsity)
+        check_match(saliency, structure)
+        alive = [bool(layer.mask.any()) for layer in prunable(parts)]
         self._prune(saliency, sparsity, structure, data)
         for layer, before in zip(self.layers(), alive, strict=True):
             if before and not layer.mask.any():
@@ -125,7 +130,7 @@ class Model(ABC):
     def _prune(
         self, saliency: Saliency, sparsity: Sparsity | None, structure: Structure, data: Samples | None
     ) -> None:
-        """Do what ``prune`` promises, but for the warning."""
+        """Do what ``prune`` promises, for what has been checked, but for the warning."""
 
     @abstractmethod
     def regrow(self, method: Regrowth, fraction: float, data: Samples) -> None:
@@ -153,6 +158,34 @@ class Model(ABC):
 
         With the outputs it returns whether all inputs are finite. It is of the network as it is now.
         """
+
+
+def check_saliency(saliency: Saliency, parts: Sequence[Part], data: Samples | None) -> None:
+    """Raise InvalidInput unless a criterion can score a network of these parts with these samples."""
+    check_choice("saliency", saliency, Saliency)
+    name = type(saliency).__name__
+    if saliency.needs_data and data is None:
+        raise InvalidInput(f"data must be given, as the saliency {name} needs data")
+    if saliency.of_dense_layers and any(type(part) not in (Layer, Input, Flatten) for part in parts):
+        raise InvalidInput(f"saliency {saliency} is for networks of dense layers only, but net has other parts")
+    training: Any = getattr(saliency, "training", None)
+    if saliency.normalises and training.epochs and data is not None:
+        check_batches(parts, len(data[1]), training.batchsize, f"{name}'s")
+
+
+def _check_structure(structure: Structure, layers: int, sparsity: Sparsity | None) -> None:
+    """Raise InvalidInput unless a structure leaves some of the layers, and allows sparsities of this kind."""
+    check_choice("structure", structure, Structure)
+    if isinstance(sparsity, tuple) and not structure.per_layer:
+        raise InvalidInput(f"sparsity must be one number with {structure}, not one per layer")
+    if wrong := [i for i in structure.exclude if not -layers <= i < layers]:
+        raise InvalidInput(
+            f"exclude must hold numbers of the {layers} prunable layers, from 0 or from the end (-1), "
+            f"not {wrong[0]}"
+        )
+    competing = set(range(layers - isinstance(structure, Neurons))) - {i % layers for i in structure.exclude}
+    if structure.exclude and not competing:
+        raise InvalidInput(f"exclude must leave layers that can be pruned, not {structure.exclude}")
 
 
 class Engine(ABC):

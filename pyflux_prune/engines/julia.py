@@ -25,7 +25,20 @@ from .. import sysimage
 from ..choices import Choice, Optimiser, Regrowth, Saliency, Sparsity, Structure
 from ..errors import Diverged, EngineUnavailable, InvalidInput
 from .base import Engine, Kernels, Model, Samples, Scores
-from .parts import BatchNorm, ConvLayer, Flatten, Float, Input, Int, Layer, Part, Pool, arrays, input_shape
+from .parts import (
+    BatchNorm,
+    ConvLayer,
+    Flatten,
+    Float,
+    Input,
+    Int,
+    Layer,
+    Part,
+    Pool,
+    arrays,
+    input_shape,
+    with_arrays,
+)
 
 _T = TypeVar("_T")
 
@@ -281,8 +294,8 @@ class JuliaModel(Model):
     engine = "julia"
 
     def __init__(self, parts: Sequence[Part], model: Any) -> None:
-        """Wrap a Julia network whose parts are like these but for their arrays."""
-        self._like, self._model = list(parts), model
+        """Wrap a Julia network whose parts are like these but for their arrays, which are not kept."""
+        self._like, self._model = [_without_values(part) for part in parts], model
         self._shape = input_shape(parts)
         self._opt: Any = None
         self._trainer: Any = None
@@ -371,8 +384,7 @@ class JuliaModel(Model):
         """Set the learning rate of the training run that is under way."""
         _bridge().adjust(self._opt, eta)
 
-    def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
-        """Return the saliency of each layer's weights or neurons."""
+    def _scores(self, saliency: Saliency, data: Samples | None) -> list[Scores]:
         with _translated():
             return [np.asarray(s) for s in _bridge().scores(self._model, _choice(saliency), *self._given(data))]
 
@@ -391,7 +403,7 @@ class JuliaModel(Model):
     def compact(self) -> JuliaModel:
         """Return a model of its own without the neurons that do nothing."""
         with _translated():
-            return JuliaModel(self._like, _bridge().compact(self._model))
+            return JuliaModel(self.parts(), _bridge().compact(self._model))
 
     def sparsify(self, kernels: Kernels) -> Callable[[Float], tuple[Float, bool]]:
         """Return a function that multiplies with what is kept only, or with all where that is faster."""
@@ -458,10 +470,14 @@ def _view(array: Any) -> npt.NDArray[Any]:
     return view if view.ndim == 2 else view.T[:, :, ::-1, ::-1]
 
 
+def _without_values(part: Part) -> Part:
+    """Return the part with empty arrays."""
+    return with_arrays(part, {name: np.empty(0, array.dtype) for name, array in arrays(part).items()})
+
+
 def _row_major(part: Part) -> Part:
     """Return the part with row-major arrays; a network of this engine has others."""
-    row_major: dict[str, Any] = {name: np.ascontiguousarray(array) for name, array in arrays(part).items()}
-    return replace(part, **row_major)
+    return with_arrays(part, {name: np.ascontiguousarray(array) for name, array in arrays(part).items()})
 
 
 class JuliaEngine(Engine):

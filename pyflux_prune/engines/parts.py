@@ -267,16 +267,19 @@ def _slide(
     return height, width
 
 
-def check_batches(parts: Sequence[Part], samples: int, batchsize: int) -> None:
-    """Raise InvalidInput where batch normalisation would meet a batch of a single value per channel."""
+def check_batches(parts: Sequence[Part], samples: int, batchsize: int, whose: str) -> None:
+    """Raise InvalidInput where batch normalisation would meet a batch of a single value per channel.
+
+    ``whose`` batch size it is, as in "training's", is said in the message.
+    """
     last = samples % batchsize or batchsize
     if 1 not in (last, batchsize) or not any(isinstance(part, BatchNorm) for part in parts):
         return
     for part, shape in zip(parts, shapes(parts), strict=True):
         if isinstance(part, BatchNorm) and math.prod(shape[1:]) == 1:
             raise InvalidInput(
-                f"batchsize {batchsize} makes a batch of one of {samples} samples, but layer {part.name}, which "
-                "normalises batches, needs two or more to train on"
+                f"{whose} batchsize {batchsize} makes a batch of one of {samples} samples, but layer "
+                f"{part.name}, which normalises batches, needs two or more to train on"
             )
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, linear, unfold
 
-from ...errors import InvalidInput
 from ..base import Samples
 from ..parts import ConvLayer, Input, Layer, Part, prunable
 from .modules import ACTIVATION_MODULES, by_part, tensor
@@ -89,18 +88,8 @@ class Double:
         """Return the same network with nothing pruned: what is 0 is free to grow."""
         return replace(self, masks=[torch.ones_like(mask) for mask in self.masks])
 
-    def perceptron(self, what: str) -> Double:
-        """Return the same network, which takes features alone.
-
-        Raises:
-            InvalidInput: it is not made of dense layers only; ``what`` needs that.
-
-        """
-        ahead = self.before[0] if isinstance(self.before[0], nn.Sequential) else ()
-        others = [module for part in self.before[1:] for module in part.children()]
-        others += [module for module in ahead if not isinstance(module, nn.Unflatten | nn.Flatten)]
-        if others or any(weight.ndim > 2 for weight in self.weights):
-            raise InvalidInput(f"{what} is for networks of dense layers only, without batch normalisation")
+    def perceptron(self) -> Double:
+        """Return the same network, which is of dense layers only, to take features alone."""
         return replace(self, before=[nn.Sequential() for _ in self.before])
 
     def passed(

@@ -21,9 +21,9 @@ from .double import Double
 from .modules import mask_weight, prunable_modules, sequential, tensor, views
 from .pruning import prune
 from .regrow import regrown
-from .saliency import check, score
+from .saliency import score
 from .sparse import sparsify
-from .training import Stepper, check_batches
+from .training import Stepper
 
 _TICK = 0.1
 """Seconds between two reports of progress."""
@@ -140,7 +140,6 @@ class TorchModel(Model):
         ``tick`` is told how many steps are done about ten times a second, and after the last.
         """
         assert self._stepper is not None, "start comes before train"
-        check_batches(self._parts, len(order), batchsize)
         inputs, labels, indices = tensor(x).view(len(x), *self._shape), tensor(y), tensor(order)
         starts = range(0, len(order), batchsize)
         losses, parameters = np.empty(len(starts), np.float32), list(self.module.parameters())
@@ -160,13 +159,9 @@ class TorchModel(Model):
                     told = time.monotonic()
         return losses
 
-    def scores(self, saliency: Saliency, data: Samples | None = None) -> list[Scores]:
-        """Return the saliency of each layer's weights, of their shape, or of its neurons, (out,).
-
-        Those of ``Magnitude``, ``Threshold`` and ``RandomSaliency`` are float32, all others float64.
-        """
+    def _scores(self, saliency: Saliency, data: Samples | None) -> list[Scores]:
+        """Return those of ``Magnitude``, ``Threshold`` and ``RandomSaliency`` in float32, others in float64."""
         self._zero_pruned()
-        check(saliency, data)
         return [values.numpy() for values in score(saliency, self, data)]
 
     def _prune(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...choices import Neurons, NofM, Saliency, Sparsity, Structure, Threshold, check_match
+from ...choices import Neurons, NofM, Saliency, Sparsity, Structure, Threshold
 from ..base import Samples
-from .saliency import check, compensate, score
+from .saliency import compensate, score
 from .structure import Contest
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ def prune(
     model: TorchModel, saliency: Saliency, sparsity: Sparsity | None, structure: Structure, data: Samples | None
 ) -> None:
     """Prune a model in place; after InvalidInput it may be pruned in part."""
-    check(saliency, data)
-    check_match(saliency, structure)
     contest = Contest(structure, model.names, model.masks)
     for kept in _steps(model, saliency, sparsity, structure, contest):
         if kept is None or (contest.counts(model.masks) > kept).any():

@@ -72,8 +72,6 @@ def _as_given(structure: Structure, layers: int, sparsity: Sparsity | None) -> l
         raise InvalidInput("sparsity must be given: only NofM, and Threshold for weights, have one of their own")
     if not isinstance(sparsity, tuple):
         return [sparsity] * layers
-    if not structure.per_layer:
-        raise InvalidInput(f"sparsity must be one number with {structure}, not {sparsity!r}")
     if len(sparsity) != layers:
         raise InvalidInput(
             f"sparsity must be one number or one per competing layer, {layers} here, not {len(sparsity)} numbers"
@@ -279,8 +277,6 @@ def _competing(structure: Structure, layers: int) -> list[int]:
     excluded = {place % layers for place in structure.exclude}
     if isinstance(structure, Neurons):
         excluded.add(layers - 1)
-    if len(excluded) == layers:
-        raise InvalidInput(f"exclude = {structure.exclude} leaves no layer that can be pruned")
     return [layer for layer in range(layers) if layer not in excluded]
 
 

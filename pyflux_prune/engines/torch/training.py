@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,21 +9,6 @@ from torch import Tensor
 
 from ...choices import Adam, AdamW, Descent, Momentum, Nesterov, Optimiser, RMSProp, Training
 from ...errors import InvalidInput
-from ..parts import BatchNorm, Part, shapes
-
-
-def check_batches(parts: Sequence[Part], samples: int, batchsize: int) -> None:
-    """Raise InvalidInput where batch normalisation would meet a batch of a single value per channel."""
-    if (samples % batchsize or min(samples, batchsize)) != 1 or not any(
-        isinstance(part, BatchNorm) for part in parts
-    ):
-        return
-    for part, shape in zip(parts, shapes(parts), strict=True):
-        if isinstance(part, BatchNorm) and math.prod(shape[1:]) == 1:
-            raise InvalidInput(
-                f"batchsize {batchsize} makes a batch of one of {samples} samples, but layer {part.name}, which "
-                "normalises batches, needs two or more to train on"
-            )
 
 
 class Stepper:

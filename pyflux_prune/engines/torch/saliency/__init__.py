@@ -1,11 +1,10 @@
 """Axis 1: scores. A criterion is a method of ``score``, and one of ``compensate`` if survivors change."""
 
 from . import activation, flow, gradient, learned, magnitude, obd, obs, redundancy
-from .base import check, compensate, score
+from .base import compensate, score
 
 __all__ = [
     "activation",
-    "check",
     "compensate",
     "flow",
     "gradient",

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ....choices import Saliency
-from ....errors import InvalidInput
 from ...base import Samples
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 def score(criterion: Saliency, model: TorchModel, data: Samples | None) -> list[Tensor]:
     """Return the saliency of each layer's weights, of their shape, or neurons, (out,); higher is more important.
 
-    A new criterion is one more method of this function. Call ``check`` first.
+    A new criterion is one more method of this function. What ``Model.scores`` checks has been checked.
 
     Raises:
         InvalidInput: the data will not do, a matrix is singular, the network is too large.
@@ -35,11 +34,3 @@ def compensate(criterion: Saliency, model: TorchModel, data: Samples | None, aft
 
     Most criteria have no method of this function, and change nothing.
     """
-
-
-def check(criterion: Saliency, data: Samples | None) -> None:
-    """Raise InvalidInput unless this engine has the criterion, and the criterion the data that it needs."""
-    if score.dispatch(type(criterion)) is score.dispatch(object):
-        raise InvalidInput(f"saliency must be one that the torch engine has, not {criterion!r}")
-    if criterion.needs_data and data is None:
-        raise InvalidInput(f"{type(criterion).__name__} needs data")

@@ -11,7 +11,7 @@ from ....choices import EdgePopup, Layerwise, Movement
 from ...base import Samples
 from ..double import samples
 from ..structure import Contest
-from ..training import Stepper, batches, check_batches
+from ..training import Stepper, batches
 from .base import score
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 @score.register(Movement)
 def _(criterion: Movement, model: TorchModel, data: Samples | None) -> list[Tensor]:
     net, (x, y) = model.double(), samples(data)
-    check_batches(model.parts(), len(x), criterion.training.batchsize)
     for module in net.before:
         module.train()
     parameters = [*net.weights, *(bias for bias in net.biases if bias is not None), *net.norms]

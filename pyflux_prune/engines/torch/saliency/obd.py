@@ -24,7 +24,7 @@ EXACT_LIMIT = 20_000
 @score.register(OBD)
 def _(criterion: OBD, model: TorchModel, data: Samples | None) -> list[Tensor]:
     net, (x, y) = model.double(), samples(data)
-    curvatures = _exact(net, x, y) if criterion.exact else _recursion(net.perceptron("OBD with exact=False"), x)
+    curvatures = _exact(net, x, y) if criterion.exact else _recursion(net.perceptron(), x)
     return [h * weight.square() / 2 for h, weight in zip(curvatures, net.weights, strict=True)]
 
 

@@ -29,7 +29,7 @@ _CHUNK = 2**23
 def _(criterion: OBS, model: TorchModel, data: Samples | None) -> list[Tensor]:
     net, (x, _) = model.double(), samples(data)
     if criterion.full:
-        net = net.perceptron("OBS with full=True")
+        net = net.perceptron()
     spread = _full_inverse(criterion, net, x) if criterion.full else _layer_inverses(criterion, net, x)
     return [weight.square() / (2 * values) for weight, values in zip(net.weights, spread, strict=True)]
 
@@ -38,7 +38,7 @@ def _(criterion: OBS, model: TorchModel, data: Samples | None) -> list[Tensor]:
 def _(criterion: OBS, model: TorchModel, data: Samples | None, after: Sequence[Tensor]) -> None:
     net, (x, _) = model.double(), samples(data)
     if criterion.full:
-        _move_all(criterion, net.perceptron("OBS with full=True"), x, after)
+        _move_all(criterion, net.perceptron(), x, after)
     else:
         _move_rows(criterion, net, x, after)
     model.write(net)

@@ -30,7 +30,7 @@ class _Replacements:
 
 @score.register(Redundancy)
 def _(criterion: Redundancy, model: TorchModel, data: Samples | None) -> list[Tensor]:
-    net, scores = model.double().perceptron("Redundancy"), []
+    net, scores = model.double().perceptron(), []
     for replacements, neurons in zip(_replacements(criterion, net, data), alive(net.masks), strict=False):
         scores.append(_cheapest_first(replacements.cost, neurons))
     return [*scores, torch.full((net.classes,), torch.inf, dtype=torch.float64)]
@@ -55,7 +55,7 @@ def _cheapest_first(cost: Tensor, neurons: Tensor) -> Tensor:
 @compensate.register(Redundancy)
 def _(criterion: Redundancy, model: TorchModel, data: Samples | None, after: Sequence[Tensor]) -> None:
     """Add what the next layer did with a neuron that goes to what it does with the one that replaces it."""
-    net = model.double().perceptron("Redundancy")
+    net = model.double().perceptron()
     replacements = _replacements(criterion, net, data)
     for place, (replace, was, still) in enumerate(zip(replacements, alive(net.masks), alive(after), strict=True)):
         stay = still.nonzero().squeeze(1)  # neurons whose last outgoing weight goes do not
