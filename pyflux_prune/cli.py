@@ -225,7 +225,9 @@ def _network(name: str, hidden: list[int] | None, data: Dataset, seed: int, engi
 
 def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
     if as_json:
-        click.echo(json.dumps(value))
+        from .files import json_text
+
+        click.echo(json_text(value))
     else:
         from rich.console import Console
 

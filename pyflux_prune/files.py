@@ -205,6 +205,27 @@ def atomic_write(path: StrPath, data: bytes) -> None:
             temporary.unlink()
 
 
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """Return a value of JSON as text; numbers that are not finite, which JSON does not have, as null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    match value:
+        case dict():
+            return {name: _finite(each) for name, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether this is what ``atomic_write`` leaves behind where it is killed."""
+    return re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name) is not None
+
+
 # --- model files -----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from os import PathLike
@@ -19,7 +20,7 @@ from typing import Any
 from .engines import Part
 from .engines.parts import alike
 from .errors import InvalidInput
-from .files import atomic_write, read_model, to_path, write_model
+from .files import atomic_write, is_temporary, json_text, read_model, to_path, write_model
 
 RECORD, TABLE, MODEL, ORIGIN, CURVE = (
     "run.json",
@@ -33,24 +34,25 @@ RECORD, TABLE, MODEL, ORIGIN, CURVE = (
 def claim(directory: str | PathLike[str]) -> Path:
     """Return a path that is, or can be made, an empty directory to write to; make nothing yet.
 
+    Empty is also one that holds no more than what a run leaves that is killed before its first round is whole.
+
     Raises:
         InvalidInput: it is not empty, is a file, or cannot be written.
 
     """
     folder = to_path(directory, "out")
-    if folder.exists() and not folder.is_dir():
-        raise InvalidInput(f"out must be a new or empty directory, but {folder} is a file")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InvalidInput(
-            f"out must be a new or empty directory, but {folder} is not empty; --resume goes on with a run"
-        )
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
+        if folder.exists() and not folder.is_dir():
+            raise InvalidInput(f"out must be a new or empty directory, but {folder} is a file")
+        if folder.is_dir() and not all(p.name == ORIGIN or is_temporary(p) for p in folder.iterdir()):
+            hint = "; resume (--resume) goes on with the run there" if (folder / MODEL).exists() else ""
+            raise InvalidInput(f"out must be a new or empty directory, but {folder} is not empty{hint}")
+        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryFile(dir=nearest):
             return folder
     except OSError as error:
         raise InvalidInput(
-            f"out must be a directory that can be written, but {nearest}: {error.strerror}"
+            f"out must be a directory that can be written, but {folder}: {error.strerror}"
         ) from error
 
 
@@ -58,10 +60,10 @@ def write(folder: Path, record: dict[str, Any], parts: Sequence[Part], origin: S
     """Write the state of a run after a whole round; a crash at any moment leaves this state or the one before."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if origin and not (folder / ORIGIN).exists():
+        if origin and not (folder / MODEL).exists():
             write_model(folder / ORIGIN, origin)
-        write_model(folder / MODEL, parts, extra={"run": json.dumps(record)})
-        atomic_write(folder / RECORD, json.dumps(record, indent=2).encode() + b"\n")
+        write_model(folder / MODEL, parts, extra={"run": json_text(record)})
+        atomic_write(folder / RECORD, json_text(record, indent=2).encode() + b"\n")
         atomic_write(folder / TABLE, _table(record))
     except OSError as error:
         raise InvalidInput(f"out cannot be written: {folder}: {error.strerror}") from error
@@ -74,7 +76,7 @@ def read(folder: Path) -> tuple[Any, list[Part]]:
         InvalidInput: there is no run in the directory, or it is damaged.
 
     """
-    if not (folder / MODEL).is_file():
+    if not os.path.isfile(folder / MODEL):
         raise InvalidInput(f"{folder} holds no run to resume: there is no {MODEL}")
     parts, metadata = read_model(folder / MODEL)
     try:

@@ -396,17 +396,53 @@ def test_out_must_be_new_or_empty_and_writable(blobs: Dataset, tmp_path: Path) -
         (file, "is a file"),
         (file / "sub", "file"),
         (Path("/proc/run"), "/proc"),
+        (tmp_path / (300 * "a"), "name too long"),
     ):
         before = weights(net)
         with pytest.raises(fp.InvalidInput, match=problem):
             fp.iterative_prune(net, blobs, out=out)
         assert same(before, weights(net))
     assert [p.name for p in full.iterdir()] == ["precious"]
+    with pytest.raises(fp.InvalidInput, match=r"is not empty$"):
+        fp.iterative_prune(net, blobs, out=full)
+    net.save(full / "model.safetensors")
+    with pytest.raises(fp.InvalidInput, match=r"is not empty; resume \(--resume\) goes on with the run there$"):
+        fp.iterative_prune(net, blobs, out=full)
+
+
+def test_a_run_killed_before_its_first_round_is_whole_can_begin_again(
+    blobs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(seed: int) -> fp.Run:
+        net = fp.mlp([6, 12, 3], seed=seed, engine="torch")
+        return fp.iterative_prune(net, blobs, schedule=[0.5, 0.7], training=QUICK, out=out)
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "atomic_write", die)
+        real = rundir.write_model
+        patch.setattr(rundir, "write_model", lambda path, *a, **k: die() if "extra" in k else real(path, *a, **k))
+        with pytest.raises(KeyboardInterrupt):
+            begin(seed=1)
+    assert [p.name for p in out.iterdir()] == ["rewind.safetensors"]
+    (out / ".0123456789abcdef.tmp").write_bytes(b"half a file")
+    with pytest.raises(fp.InvalidInput, match="no run to resume"):
+        fp.resume(out, blobs)
+    with killed(after=2):
+        begin(seed=2)
+    whole = fp.iterative_prune(
+        fp.mlp([6, 12, 3], seed=2, engine="torch"), blobs, schedule=[0.5, 0.7], training=QUICK
+    )
+    assert numbers(fp.resume(out, blobs)) == numbers(whole)  # from weights of its own
 
 
 def test_resume_says_what_is_wrong(blobs: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(fp.InvalidInput, match="no run to resume"):
-        fp.resume(tmp_path / "nothing", blobs)
+    for nothing in (tmp_path / "nothing", tmp_path / (300 * "a")):
+        with pytest.raises(fp.InvalidInput, match="no run to resume"):
+            fp.resume(nothing, blobs)
     out = tmp_path / "run"
     net = fp.mlp([6, 12, 3], engine="torch")
     fp.iterative_prune(net, blobs, schedule=[0.5], training=QUICK, out=out)
@@ -515,6 +551,27 @@ def test_training_that_diverges_says_so(engine: str, blobs: Dataset) -> None:
     net = fp.mlp([6, 12, 3], engine=engine)
     with pytest.raises(fp.Diverged, match="not finite"):
         fp.iterative_prune(net, blobs, training=fp.Training(epochs=20, optimiser=fp.Descent(1e30)))
+
+
+def test_a_last_step_that_leaves_no_finite_weights_is_told(engine: str, blobs: Dataset, tmp_path: Path) -> None:
+    far = replace(blobs, x_train=1e12 * blobs.x_train)
+    training = fp.Training(epochs=1, batchsize=1000, optimiser=fp.Descent(1e30))
+    net = fp.mlp([6, 12, 3], engine=engine)
+    with pytest.raises(fp.Diverged, match="training left weights that are not finite"):
+        fp.iterative_prune(net, far, training=training, out=tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_null_in_files(engine: str, blobs: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    far = replace(blobs, x_test=1e25 * blobs.x_test)
+    training = fp.Training(epochs=1, batchsize=1000, optimiser=fp.Descent(1e25))
+    net = fp.mlp([6, 12, 3], engine=engine)
+    run = fp.iterative_prune(net, far, schedule=[0.3], finetune=None, training=training, out=out)
+    assert not np.isfinite(run.rounds[0].loss)
+    text = (out / "run.json").read_text()
+    assert [r["loss"] for r in json.loads(text, parse_constant=pytest.fail)["rounds"]] == [None]
+    assert not np.isfinite(fp.resume(out, far).rounds[0].loss)
 
 
 def test_a_plot_that_cannot_be_written_is_named(
