@@ -16,7 +16,7 @@ from rich.table import Table
 
 from . import peers
 from .architectures import mlp
-from .choices import Layerwise, Magnitude, Sparsity
+from .choices import Layerwise, Magnitude, Sparsity, check_count, check_sparsity, listed
 from .engines import get_engine
 from .engines.julia import has_image
 from .errors import InvalidInput
@@ -118,10 +118,14 @@ def bench(
 
     Raises:
         EngineUnavailable: one of the engines, or a peer that was asked for, cannot be had here.
-        InvalidInput: network or sparsity cannot be used, start-up is asked for without widths, or Julia runs with
-            another number of threads already.
+        InvalidInput: network, batches or sparsities cannot be used, start-up is asked for without widths, or Julia
+            runs with another number of threads already.
 
     """
+    batches = [check_count("each of batches", n, 1) for n in listed(batches) or ()]
+    rates = [check_sparsity(sparsity, "each of sparsities") for sparsity in listed(sparsities) or ()]
+    if not batches or not rates:
+        raise InvalidInput("batches and sparsities must hold one or more numbers each, not none")
     os.environ["PYTHON_JULIACALL_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
     julia = get_engine("julia").versions()
     if (julia["threads"], julia["blas_threads"]) != (threads, threads):
@@ -138,7 +142,7 @@ def bench(
             raise InvalidInput("network must be the widths of a perceptron where start-up is measured")
         rows += [compare_starts(network, batch, threads, repeats) for batch in batches]
     whole = network.copy("julia") if isinstance(network, Network) else mlp(network, engine="julia")
-    for sparsity in sparsities:
+    for sparsity in rates:
         net = prune(whole.copy(), Magnitude(), sparsity=sparsity, structure=Layerwise())
         fast = net.sparsify()
         for batch in batches:

@@ -84,6 +84,13 @@ def _widths(ctx: click.Context, param: click.Parameter, value: str | None) -> li
     return widths
 
 
+def _path(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    from .files import to_path
+
+    name = param.opts[0] if isinstance(param, click.Option) else param.human_readable_name
+    return None if value is None else to_path(value, name)
+
+
 def _finetune(ctx: click.Context, param: click.Parameter, value: str) -> choices.FineTune:
     return choices.finetune_by_name(value)
 
@@ -240,11 +247,14 @@ def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
 @cli.command()
 @_experiment(epochs=15)
 @_ENGINE
-@click.option("--out", type=click.Path(path_type=Path), help="A new or empty directory.  [default: run, run-2, …]")
+@click.option(
+    "--out", type=click.Path(), callback=_path, help="A new or empty directory.  [default: run, run-2, …]"
+)
 @click.option(
     "--resume",
     "resume_from",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
+    callback=_path,
     metavar="DIR",
     help="Go on with the run in DIR; of the other options only --data, --engine and --json count.",
 )
@@ -323,7 +333,7 @@ def crosscheck(
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(), callback=_path)
 @_JSON
 def inspect(model: Path, as_json: bool) -> None:
     """Show each layer of a model file: shape, density, size and FLOPs."""
@@ -337,8 +347,8 @@ def inspect(model: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
-@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN", type=click.Path(), callback=_path)
+@click.argument("target", metavar="OUT", type=click.Path(), callback=_path)
 @click.option("--sparse", is_flag=True, help="Write only kept values and mask bits (safetensors).")
 @click.option(
     "--activation",
@@ -347,7 +357,10 @@ def inspect(model: Path, as_json: bool) -> None:
 )
 @click.option("--compact", is_flag=True, help="Leave out the neurons that do nothing, on the engine.")
 @_ENGINE
-def convert(source: Path, target: Path, sparse: bool, activation: str | None, compact: bool, engine: str) -> None:
+@_JSON
+def convert(
+    source: Path, target: Path, sparse: bool, activation: str | None, compact: bool, engine: str, as_json: bool
+) -> None:
     """Convert a model file: .safetensors, dense or --sparse, or .pt, a PyTorch state dict.
 
     A .pt to read must be of dense layers only: it does not say what else a network consists of.
@@ -361,6 +374,8 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None, co
             raise InvalidInput(f"{name} must end in .safetensors or .pt, not {path.name!r}")
     if sparse and target.suffix != ".safetensors":
         raise InvalidInput(f"--sparse needs an OUT that ends in .safetensors, not {target.name!r}")
+    if activation is not None and source.suffix != ".pt":
+        raise InvalidInput(f"--activation is for an IN that ends in .pt: {source.name!r} says which it has")
     parts: Sequence[Part]
     if source.suffix == ".pt":
         parts = exchange.read_state_dict(source, activation=activation)
@@ -372,7 +387,11 @@ def convert(source: Path, target: Path, sparse: bool, activation: str | None, co
         exchange.write_state_dict(target, parts)
     else:
         files.write_model(target, parts, sparse=sparse)
-    click.echo(f"{target}: {target.stat().st_size:,} bytes", err=True)
+    size = target.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"file": str(target), "bytes": size}))
+    else:
+        click.echo(f"{target}: {size:,} bytes", err=True)
 
 
 @cli.command()

@@ -357,12 +357,16 @@ def from_torch(
 
     Raises:
         InvalidInput: the module holds anything else, does not fit ``input_shape``, or has weights that are not
-            finite float32.
+            finite float32; or ``input_shape`` or ``activation`` is given where it does not count.
         EngineUnavailable: PyTorch, or the engine, cannot be had here.
 
     """
     from . import exchange
 
     if isinstance(module, Mapping):
+        if input_shape is not None:
+            raise InvalidInput("input_shape is for a module: a state dict must be of dense layers")
         return build(exchange.layers_from_state_dict(module, activation=activation), engine)
+    if activation is not None:
+        raise InvalidInput("activation is for a state dict: a module says itself which it has")
     return build(exchange.parts_from_module(module, input_shape), engine)

@@ -161,7 +161,22 @@ def test_crosscheck_shows_the_differences_and_exits_by_them(
         (["run", "--hidden", "0"], ["--hidden", "'0'"]),
         (["run", "--sparsity", "1.2"], ["--sparsity", "1.2"]),
         (["run", "--sparsity", "high"], ["--sparsity", "'high'"]),
-        (["run", "--sparsity", "0.5,0.5"], ["sparsity", "Global"]),
+        (["run", "--sparsity", "0.5,0.5"], ["sparsity must be one number with Global", "not one per layer"]),
+        (
+            ["run", "--structure", "global:min_kept=99999999999999999999"],
+            ["min_kept", "below 9223372036854775808"],
+        ),
+        (["run", "--out", ""], ["--out must be the name of a file or folder, not ''"]),
+        (["run", "--out", 300 * "a"], ["out must be", "too long"]),
+        (["run", "--resume", ""], ["--resume must be the name of a file or folder, not ''"]),
+        (["run", "--resume", 300 * "a"], ["no run to resume"]),
+        (["bench", "--batch", ""], ["batches"]),
+        (["inspect", ""], ["MODEL must be the name of a file"]),
+        (["convert", "", "b.safetensors"], ["IN must be the name of a file"]),
+        (
+            ["convert", "a.safetensors", "b.pt", "--activation", "tanh"],
+            ["--activation is for an IN that ends in .pt"],
+        ),
         (["run", "--saliency", "size"], ["--saliency", "magnitude, threshold", "'size'"]),
         (["run", "--saliency", "taylor:square=true"], ["--saliency taylor", "squared=…", "'square=true'"]),
         (["run", "--saliency", "activation"], ["Neurons", "Activation"]),
@@ -240,7 +255,9 @@ def test_convert_goes_to_sparse_and_pytorch_and_back(command: Command, model: fp
     code, _, err = command("convert", "model.pt", "back.safetensors")
     assert code == 2
     assert "activation" in err
-    assert command("convert", "model.pt", "back.safetensors", "--activation", "relu")[0] == 0
+    code, out, err = command("convert", "model.pt", "back.safetensors", "--activation", "relu", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"file": "back.safetensors", "bytes": Path("back.safetensors").stat().st_size}
     for layer, back in zip(model.layers, fp.Network.load("back.safetensors", engine="torch").layers, strict=True):
         assert (layer.weight == back.weight).all()
         assert (layer.mask == back.mask).all()

@@ -392,6 +392,10 @@ def test_torch_and_back(engine: str) -> None:
     assert same(arrays(fp.from_torch(module.state_dict(), activation="relu", engine=engine)), arrays(net))
     with pytest.raises(fp.InvalidInput, match="activation"):
         fp.from_torch(module.state_dict(), engine=engine)
+    with pytest.raises(fp.InvalidInput, match="activation is for a state dict"):
+        fp.from_torch(module, activation="relu", engine=engine)
+    with pytest.raises(fp.InvalidInput, match="input_shape is for a module"):
+        fp.from_torch(module.state_dict(), activation="relu", input_shape=(1, 2, 3), engine=engine)
 
 
 def test_a_layer_without_bias(engine: str) -> None:
