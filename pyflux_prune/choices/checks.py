@@ -67,7 +67,7 @@ def check_number(
         try:
             number = float(value)
         except OverflowError:
-            number = math.nan  # no number between floats, as all of these are
+            number = math.nan  # beyond all floats, and so in no interval of them
         if low <= number < high and not (open_low and number == low):
             return number
     raise InvalidInput(
