@@ -107,6 +107,8 @@ def test_schedules_never_go_down_and_stay_below_one(rate: float, rounds: int, po
         (lambda: choices.schedule_by_name("steep", None, None), ["oneshot", "'steep'"]),
         (lambda: choices.schedule_by_name("oneshot", 0.5, 3), ["rounds", "3"]),
         (lambda: choices.finetune_by_name("rewind:x"), ["rewind:STEP", "'rewind:x'"]),
+        (lambda: choices.finetune_by_name("rewind:" + 5000 * "9"), ["rewind:STEP", "'rewind:9"]),
+        (lambda: choices.finetune_by_name("rewind:" + 19 * "9"), ["Rewind's to", "below 9223372036854775808"]),
         (lambda: choices.finetune_by_name("again"), ["'again'"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,7 +62,7 @@ FINETUNES = "none|continue|rewind|rewind:STEP|learningraterewind|reinitialize"
 def finetune_by_name(name: str) -> FineTune:
     """Return the fine-tuning of one of the names in ``FINETUNES``."""
     kind, colon, step = name.partition(":")
-    if kind == "rewind" and (not colon or step.isdecimal()):
+    if kind == "rewind" and (not colon or re.fullmatch("[0-9]{1,19}", step)):
         return Rewind(int(step or 0))
     plain = {c.__name__.lower(): c for c in choices_on(Restart) if c is not Rewind}
     if not colon and kind == "none":
