@@ -4,7 +4,7 @@ Importing this package starts nothing; Julia starts when the first network is ma
 """
 
 from . import datasets
-from .architectures import lenet5, mlp, vgg
+from .architectures import VGG16, lenet5, mlp, vgg
 from .choices import (
     ERK,
     OBD,
@@ -61,6 +61,7 @@ __all__ = [
     "OBS",
     "SET",
     "SNIP",
+    "VGG16",
     "Activation",
     "Adam",
     "AdamW",

@@ -1,4 +1,4 @@
-"""Networks to begin with: a multilayer perceptron, LeNet-5 and a small VGG, with new weights."""
+"""Networks to begin with: a multilayer perceptron, LeNet-5 and VGGs, with new weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from .engines.parts import Float, Pair, numbered, shapes_after
 from .errors import InvalidInput
 from .files import naming
 from .network import Network, build
+
+VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+"""The ``channels`` of VGG-16, for ``vgg``: with one dense layer, what papers prune on CIFAR-10."""
 
 
 def mlp(sizes: Sequence[int], *, activation: str = "relu", seed: int = 0, engine: str = "auto") -> Network:
@@ -99,7 +102,8 @@ def vgg(
     are Glorot-uniform, biases 0.
 
     Args:
-        channels: the number of filters of each convolution, and "M" for pooling: the maximum over 2×2.
+        channels: the number of filters of each convolution, and "M" for pooling: the maximum over 2×2; ``VGG16``
+            for images of 32×32 or larger.
         hidden: the number of units of each dense layer but the last.
         input_shape: (channels, height, width) of a sample.
         classes: the number of outputs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import warnings
@@ -121,14 +122,14 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
             "--network",
             default="mlp",
             show_default=True,
-            type=click.Choice(["mlp", "lenet5", "vgg"]),
-            help="What to prune: a multilayer perceptron, or for images LeNet-5, or a small VGG.",
+            type=click.Choice(["mlp", "lenet5", "vgg", "vgg16"]),
+            help="What to prune: a multilayer perceptron, or for images LeNet-5, a small VGG, or VGG-16.",
         ),
         click.option(
             "--hidden",
             callback=_widths,
             metavar="N,N,…",
-            help="Widths of the hidden dense layers.  [default: mlp 300,100; vgg none]",
+            help="Widths of the hidden dense layers.  [default: mlp 300,100; vgg and vgg16 none]",
         ),
         _axis("saliency", "magnitude", choices.SALIENCIES, "How much a weight matters"),
         _axis("structure", "global", choices.STRUCTURES, "What competes with what"),
@@ -213,7 +214,7 @@ def _plan(
 
 def _network(name: str, hidden: list[int] | None, data: Dataset, seed: int, engine: str) -> Network:
     """Return the network that ``--network`` and ``--hidden`` name, for these data."""
-    from .architectures import lenet5, mlp, vgg
+    from .architectures import VGG16, lenet5, mlp, vgg
 
     if name == "mlp":
         widths = [300, 100] if hidden is None else hidden
@@ -223,10 +224,11 @@ def _network(name: str, hidden: list[int] | None, data: Dataset, seed: int, engi
             f"--network {name} needs images, x of the shape (samples, channels, height, width), but {data.name} "
             f"has samples of {data.features} features"
         )
-    if name == "vgg":
-        return vgg(hidden=hidden or (), input_shape=data.shape, classes=data.classes, seed=seed, engine=engine)
+    if name in ("vgg", "vgg16"):
+        make = vgg if name == "vgg" else functools.partial(vgg, VGG16)
+        return make(hidden=hidden or (), input_shape=data.shape, classes=data.classes, seed=seed, engine=engine)
     if hidden is not None:
-        raise InvalidInput("--hidden is for --network mlp and vgg; that of lenet5 is always 120,84")
+        raise InvalidInput("--hidden is for --network mlp, vgg and vgg16; that of lenet5 is always 120,84")
     return lenet5(input_shape=data.shape, classes=data.classes, seed=seed, engine=engine)
 
 
@@ -399,8 +401,8 @@ def convert(
     "--network",
     default="mlp",
     show_default=True,
-    type=click.Choice(["mlp", "lenet5", "vgg"]),
-    help="A multilayer perceptron, or for images of 28×28 LeNet-5, or a small VGG.",
+    type=click.Choice(["mlp", "lenet5", "vgg", "vgg16"]),
+    help="A multilayer perceptron, or for images of 28×28 LeNet-5, or a small VGG, or for 3×32×32 VGG-16.",
 )
 @click.option("--hidden", callback=_widths, help="Of mlp, widths of the hidden layers.  [default: 300,100]")
 @click.option("--features", type=click.IntRange(1), help="Of mlp, inputs.  [default: 784]")
@@ -434,7 +436,7 @@ def bench(
 
     --hidden and --batch take several numbers with commas.
     """
-    from .architectures import lenet5, vgg
+    from .architectures import VGG16, lenet5, vgg
     from .bench import bench as measure_speed
 
     measured: list[int] | Network
@@ -444,7 +446,12 @@ def bench(
         raise InvalidInput("--hidden and --features are for --network mlp")
     else:
         # Julia starts with the threads that are measured.
-        measured = (lenet5 if network == "lenet5" else vgg)(classes=classes, engine="torch")
+        makers: dict[str, Callable[..., Network]] = {
+            "lenet5": lenet5,
+            "vgg": vgg,
+            "vgg16": functools.partial(vgg, VGG16, input_shape=(3, 32, 32)),
+        }
+        measured = makers[network](classes=classes, engine="torch")
     result = measure_speed(measured, batches=batch, **settings)
     _print(as_json, result.to_json(), result.table)
 

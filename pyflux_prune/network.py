@@ -140,8 +140,9 @@ class Network:
         """Return the network as a function for inference whose work is proportional to the weights that are kept.
 
         On Julia, batches are computed in panels of up to 64 samples by vectorised sparse kernels, on all of its
-        threads. A layer that is not sparse enough stays dense. The PyTorch engine uses torch's CSR matrices for
-        dense layers, and leaves convolutions as they are.
+        threads, and neurons without consequence, which ``compact`` takes out, are not computed. A layer that is
+        not sparse enough stays dense. The PyTorch engine uses torch's CSR matrices for dense layers, and leaves
+        convolutions as they are.
 
         Args:
             kernels: "auto" takes, layer by layer, what is faster on this machine; "sparse" and "dense" force it,

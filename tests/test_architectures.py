@@ -89,6 +89,13 @@ def test_vgg_is_made_of_what_it_is_told(engine: str) -> None:
 
 
 @pytest.mark.julia
+def test_vgg16_has_the_published_number_of_parameters() -> None:
+    net = fp.vgg(fp.VGG16, input_shape=(3, 32, 32), engine="torch")
+    assert [layer.weight.ndim for layer in net.layers] == [4] * 13 + [2]
+    # With biases in its convolutions, which batch normalisation takes away again, 14,728,266.
+    assert sum(p.numel() for p in fp.to_torch(net).parameters()) == 14_728_266 - 4_224
+
+
 @pytest.mark.parametrize("make", [fp.lenet5, tiny, fp.vgg])
 def test_both_engines_begin_with_the_same_parts(make: Any) -> None:
     assert_same(make(engine="julia").parts, make(engine="torch").parts)

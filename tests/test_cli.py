@@ -195,7 +195,7 @@ def test_crosscheck_shows_the_differences_and_exits_by_them(
         (["run", "--bogus"], ["--bogus"]),
         (["run", "--network", "resnet"], ["resnet", "mlp", "lenet5", "vgg"]),
         (["run", "--network", "lenet5"], ["lenet5", "layer 3 has windows of (5, 5)", "(6, 4, 4)"]),
-        (["run", "--network", "lenet5", "--hidden", "9"], ["--hidden is for --network mlp and vgg"]),
+        (["run", "--network", "lenet5", "--hidden", "9"], ["--hidden is for --network mlp, vgg and vgg16"]),
         (["inspect", "absent.safetensors"], ["absent.safetensors"]),
         (["inspect", "full/precious"], ["precious"]),
         (["convert", "a.onnx", "b.safetensors"], ["IN", ".safetensors or .pt", "a.onnx"]),
@@ -411,7 +411,7 @@ def test_lenet5_takes_the_images_of_an_npz_file(command: Command) -> None:
     net = fp.Network.load("there/model.safetensors", engine="torch")
     assert (net.input_shape, net.outputs) == ((1, 12, 12), 3)
     np.savez("flat.npz", x=rng.normal(size=(60, 144)), y=y)
-    for network in ("lenet5", "vgg"):
+    for network in ("lenet5", "vgg", "vgg16"):
         code, _, err = command("run", "--data", "flat.npz", "--network", network, "--engine", "torch")
         assert code == 2
         assert f"--network {network} needs images, x of the shape (samples, channels, height, width)" in err

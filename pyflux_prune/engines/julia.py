@@ -284,6 +284,8 @@ def _at(array: npt.NDArray[Any] | None) -> int:
     if array is None:
         return 0
     assert array.flags.c_contiguous
+    if array.size and array.flags.writeable:  # in a fifth of the time that the dictionary takes
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     address: int = array.__array_interface__["data"][0]
     return address
 
