@@ -88,7 +88,6 @@ def test_vgg_is_made_of_what_it_is_told(engine: str) -> None:
     assert repr(plain).startswith("Network(2×6×6–3@3×3–max2×2–4@3×3–max2×2–3, ")
 
 
-@pytest.mark.julia
 def test_vgg16_has_the_published_number_of_parameters() -> None:
     net = fp.vgg(fp.VGG16, input_shape=(3, 32, 32), engine="torch")
     assert [layer.weight.ndim for layer in net.layers] == [4] * 13 + [2]
@@ -96,6 +95,7 @@ def test_vgg16_has_the_published_number_of_parameters() -> None:
     assert sum(p.numel() for p in fp.to_torch(net).parameters()) == 14_728_266 - 4_224
 
 
+@pytest.mark.julia
 @pytest.mark.parametrize("make", [fp.lenet5, tiny, fp.vgg])
 def test_both_engines_begin_with_the_same_parts(make: Any) -> None:
     assert_same(make(engine="julia").parts, make(engine="torch").parts)
