@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import warnings
@@ -122,7 +121,7 @@ def _experiment(epochs: int) -> Callable[[Callable[..., Any]], Callable[..., Any
             "--network",
             default="mlp",
             show_default=True,
-            type=click.Choice(["mlp", "lenet5", "vgg", "vgg16"]),
+            type=click.Choice(["mlp", *_OF_IMAGES]),
             help="What to prune: a multilayer perceptron, or for images LeNet-5, a small VGG, or VGG-16.",
         ),
         click.option(
@@ -199,6 +198,7 @@ _ENGINE = click.option(
     type=click.Choice(ENGINES),
     help="Julia, or the PyTorch reference; auto falls back to it, with a warning.",
 )
+_OF_IMAGES = ("lenet5", "vgg", "vgg16")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")
 
 
@@ -214,7 +214,7 @@ def _plan(
 
 def _network(name: str, hidden: list[int] | None, data: Dataset, seed: int, engine: str) -> Network:
     """Return the network that ``--network`` and ``--hidden`` name, for these data."""
-    from .architectures import VGG16, lenet5, mlp, vgg
+    from .architectures import mlp
 
     if name == "mlp":
         widths = [300, 100] if hidden is None else hidden
@@ -224,12 +224,18 @@ def _network(name: str, hidden: list[int] | None, data: Dataset, seed: int, engi
             f"--network {name} needs images, x of the shape (samples, channels, height, width), but {data.name} "
             f"has samples of {data.features} features"
         )
-    if name in ("vgg", "vgg16"):
-        make = vgg if name == "vgg" else functools.partial(vgg, VGG16)
-        return make(hidden=hidden or (), input_shape=data.shape, classes=data.classes, seed=seed, engine=engine)
-    if hidden is not None:
+    if name == "lenet5" and hidden is not None:
         raise InvalidInput("--hidden is for --network mlp, vgg and vgg16; that of lenet5 is always 120,84")
-    return lenet5(input_shape=data.shape, classes=data.classes, seed=seed, engine=engine)
+    units = {} if hidden is None else {"hidden": hidden}
+    return _of_images(name, input_shape=data.shape, classes=data.classes, seed=seed, engine=engine, **units)
+
+
+def _of_images(name: str, **options: Any) -> Network:
+    from .architectures import VGG16, lenet5, vgg
+
+    if name == "lenet5":
+        return lenet5(**options)
+    return vgg(VGG16, **options) if name == "vgg16" else vgg(**options)
 
 
 def _print(as_json: bool, value: Any, table: Callable[[], Any]) -> None:
@@ -401,7 +407,7 @@ def convert(
     "--network",
     default="mlp",
     show_default=True,
-    type=click.Choice(["mlp", "lenet5", "vgg", "vgg16"]),
+    type=click.Choice(["mlp", *_OF_IMAGES]),
     help="A multilayer perceptron, or for images of 28×28 LeNet-5, or a small VGG, or for 3×32×32 VGG-16.",
 )
 @click.option("--hidden", callback=_widths, help="Of mlp, widths of the hidden layers.  [default: 300,100]")
@@ -436,7 +442,6 @@ def bench(
 
     --hidden and --batch take several numbers with commas.
     """
-    from .architectures import VGG16, lenet5, vgg
     from .bench import bench as measure_speed
 
     measured: list[int] | Network
@@ -445,13 +450,9 @@ def bench(
     elif (hidden, features) != (None, None):
         raise InvalidInput("--hidden and --features are for --network mlp")
     else:
+        size = {"input_shape": (3, 32, 32)} if network == "vgg16" else {}
         # Julia starts with the threads that are measured.
-        makers: dict[str, Callable[..., Network]] = {
-            "lenet5": lenet5,
-            "vgg": vgg,
-            "vgg16": functools.partial(vgg, VGG16, input_shape=(3, 32, 32)),
-        }
-        measured = makers[network](classes=classes, engine="torch")
+        measured = _of_images(network, classes=classes, engine="torch", **size)
     result = measure_speed(measured, batches=batch, **settings)
     _print(as_json, result.to_json(), result.table)
 

@@ -100,7 +100,9 @@ def choices_on(axis: type[_T]) -> list[type[_T]]:
 def check_choice(name: str, value: object, *kinds: type) -> None:
     """Raise InvalidInput unless ``value`` is an instance of one of ``kinds``, or a choice on such an axis."""
     allowed = list[type](itertools.chain(*map(choices_on, kinds)))
-    if type(value) not in allowed if isinstance(value, Choice) else not isinstance(value, tuple(allowed)):
+    # Engines know choices by their names; of anything else a subclass will do.
+    known = type(value) in allowed if isinstance(value, Choice) else isinstance(value, tuple(allowed))
+    if not known:
         *names, last = ("None" if c is type(None) else c.__name__ for c in allowed)
         raise InvalidInput(f"{name} must be {', '.join(names)}{' or ' if names else ''}{last}, not {shown(value)}")
 

@@ -78,7 +78,7 @@ function packed(kept, strides, bias, relu, most = block_size(count(kept) / lengt
             end
             put(k, m, c) = (columns[k] = found[m, c];
                             places[k] = (start - 1 + found[m, c]) * strides[1] + (chunk[c] - 1) * strides[2] + 1)
-            k = in_turn(put, k, view(numbers, chunk))
+            k = each_of_chunk(put, k, view(numbers, chunk))
         end
         push!(blocks, length(rows) + 1)
     end
@@ -87,7 +87,7 @@ function packed(kept, strides, bias, relu, most = block_size(count(kept) / lengt
 end
 
 "Call `put` for the weights of a chunk, the next after `k` others: with number, place among those of its output, and output."
-function in_turn(put, k, numbers)
+function each_of_chunk(put, k, numbers)
     for m in 1:first(numbers), c in eachindex(numbers)
         put(k += 1, m, c)
     end
