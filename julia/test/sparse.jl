@@ -1,5 +1,5 @@
 using Flux, PrunableFlux, Random, Test
-using PrunableFlux: DenseKernel, DenseTrainer, SparseKernel, SparseTrainer, step!, store!, trainer
+using PrunableFlux: AVX512, DenseKernel, DenseTrainer, SparseKernel, SparseTrainer, step!, store!, trainer
 
 relative(a, b) = maximum(abs, a .- b; init = 0) / max(maximum(abs, b; init = 0), 1)
 
@@ -20,7 +20,7 @@ relative(a, b) = maximum(abs, a .- b; init = 0) / max(maximum(abs, b; init = 0),
     end
 end
 
-module OtherProcessors # the kernels as they are with and without AVX-512, on whatever this is
+module OtherProcessors # the kernels as they are with and without AVX-512
 using PrunableFlux
 module With end
 module Without end
@@ -47,24 +47,29 @@ end
     end
 end
 
-@testset "sparse kernels, chunks of $(kernels.CHUNK_HEIGHT)" for kernels in (OtherProcessors.With, OtherProcessors.Without)
+const PROCESSORS = AVX512 ? (OtherProcessors.With, OtherProcessors.Without) : (OtherProcessors.Without,)
+
+@testset "sparse kernels, AVX-512: $(kernels.AVX512)" for kernels in PROCESSORS
     rng = Xoshiro(1)
     for (inputs, outputs) in ((1, 1), (3, 2), (17, 5), (300, 100), (500, 33)), density in (0.02, 0.3, 1)
         mask = rand(rng, outputs, inputs) .< density
-        W, bias = randn(rng, Float32, outputs, inputs) .* mask, randn(rng, Float32, outputs)
-        kernel = kernels.SparseKernel(W, mask, bias, true)
-        slopes_kernel, places = kernels.packed(permutedims(mask), (outputs, 1), bias, false)
+        W, bias = randn(rng, Float32, outputs, inputs), randn(rng, Float32, outputs)
+        uneven, places = kernels.packed(kernels.SparseKernel{kernels.LOW}, permutedims(mask), (outputs, 1), bias, true)
+        uneven.values .= W[places]
+        all_kernels = (uneven, kernels.SparseKernel{kernels.LOW}(W, mask, bias, true), kernels.SparseKernel{kernels.HIGH}(W, mask, bias, true))
         for V in 1:4
             x, dy = randn(rng, Float32, 16V, inputs), randn(rng, Float32, 16V, outputs)
-            y = kernels.multiply!(zeros(Float32, 16V, outputs), x, kernel, Val(V))
-            @test relative(y, relu.(x * W' .+ bias')) < 1e-5
-            slopes = kernels.add_slopes!(ones(Float32, count(mask)), dy, x, slopes_kernel, Val(V))
+            for kernel in all_kernels
+                y = kernels.multiply!(zeros(Float32, 16V, outputs), x, kernel, Val(V))
+                @test relative(y, relu.(x * (W .* mask)' .+ bias')) < 1e-5
+            end
+            slopes = kernels.add_slopes!(ones(Float32, count(mask)), dy, x, uneven, Val(V))
             @test relative(slopes, 1 .+ (dy' * x)[places]) < 1e-5
         end
     end
 end
 
-@testset "kernels of windows, chunks of $(kernels.CHUNK_HEIGHT)" for kernels in (OtherProcessors.With, OtherProcessors.Without)
+@testset "kernels of windows, AVX-512: $(kernels.AVX512)" for kernels in PROCESSORS
     rng = Xoshiro(1)
     for (places, size, stride) in (((9, 4), (3, 2), (1, 1)), ((5, 5), (1, 1), (1, 2)), ((31, 3), (5, 3), (3, 1)), ((12,), (2,), (1,))),
         channels in (1, 20), outputs in (1, 9), density in (0.05, 0.5, 1)
@@ -72,14 +77,14 @@ end
         plane, taps = prod(places) + 2, prod(size) * channels
         windows = kernels.Windows((places..., channels), size, stride, map(one, size), plane)
         mask = rand(rng, outputs, taps) .< density
-        W, bias = randn(rng, Float32, outputs, taps) .* mask, randn(rng, Float32, outputs)
+        W, bias = randn(rng, Float32, outputs, taps), randn(rng, Float32, outputs)
         for V in 1:4
             images = randn(rng, Float32, places..., channels, 16V)
-            expected = relu.(NNlib.conv(images, reshape(permutedims(W), size..., channels, outputs); stride, flipped = true) .+
+            expected = relu.(NNlib.conv(images, reshape(permutedims(W .* mask), size..., channels, outputs); stride, flipped = true) .+
                              reshape(bias, map(one, size)..., :))
             x = fill(NaN32, 16V, plane, channels) # nothing between channels counts
             x[:, 1:prod(places), :] = permutedims(reshape(images, :, channels, 16V), (3, 1, 2))
-            for kernel in (kernels.SparseWindows(windows, W, mask, bias, true), kernels.DenseKernel(windows, W, bias, true))
+            for kernel in (kernels.SparseWindows(windows, W, mask, bias, true), kernels.DenseKernel(windows, W .* mask, bias, true))
                 y = kernels.multiply!(zeros(Float32, 16V, kernels.outputs(kernel)), reshape(x, 16V, :), kernel, Val(V))
                 @test relative(permutedims(y), reshape(expected, :, 16V)) < 1e-5
             end

@@ -5,85 +5,136 @@ const LANES = 16
 const Lane = Vec{LANES,Float32}
 const MAX_VECTORS = 4
 
+const AVX512 = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f)
+
 """
-Inputs, at most, whose values of a panel stay in the fastest cache while the weights of all outputs pass over them. With few
+Outputs that a sparse layer computes at once, so that their sums do not wait for each other and their weights take few loads: LOW
+of panels of MAX_VECTORS and of windows next to each other, HIGH of panels half as wide. Then all sums are in registers.
+"""
+const LOW, HIGH = AVX512 ? (4, 8) : (1, 1)
+
+"""
+Vectors in the widest panel for inference. Twice as many inputs of a panel half as wide stay in the fastest cache, so that sums
+are read and written half as often. Training has wide ones for its gradients of weights, which are sums over samples.
+"""
+const PANEL_VECTORS = AVX512 ? MAX_VECTORS ÷ 2 : MAX_VECTORS
+
+"""
+Inputs in a block: their values of a panel stay in the fastest cache while the weights of all outputs pass over them. With few
 weights, when sums are read and written again for few products, longer blocks are faster.
 """
-block_size(density) = density > 0.15 ? 160 : 208
+block_size(kept, height) =
+    even_blocks(size(kept, 1), height > LOW ? 256 : count(kept) > 0.15 * length(kept) ? 160 : 208)
+even_blocks(inputs, most) = cld(inputs, cld(inputs, most))
+
 "The vectors of inputs, at most, that stay in the fastest cache when windows next to each other are computed."
 const BLOCK_VECTORS = 500
 
 "Outputs that a dense layer computes at once, as many as registers hold: 24 vectors of AVX-512's 32."
-const GROUP = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 6 : 1
-
-"Outputs that a sparse layer computes at once, so that their sums do not wait for each other and their weights take few loads."
-const CHUNK_HEIGHT = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f) ? 4 : 1
+const GROUP = AVX512 ? 6 : 1
 
 """
-    SparseKernel(W, mask, bias, relu)
+    SparseKernel{H}(W, mask, bias, relu)
 
 The kept weights of a layer for panels, block of inputs by block, so that the work is proportional to their number. Within a
-block, outputs are in the order of their number of weights, and in chunks of CHUNK_HEIGHT: the first weight of each, the second of
+block, outputs are in the order of their number of weights, and in chunks of H: the first weight of each, the second of
 each, and so on (SELL-C-σ; Kreutzer et al., 2014, "A unified sparse matrix data format for efficient general sparse matrix-vector
-multiplication on modern processors with wide SIMD units"), and then, instead of padding, those that some have more than the
-first of the chunk. Outputs too few for a chunk come one by one. Loops of one length after another are predicted well. `relu` is
+multiplication on modern processors with wide SIMD units"), and then those that some have more than the first of the chunk.
+Outputs too few for a chunk come in chunks of 4, or one by one. Loops of one length after another are predicted well. `relu` is
 fused.
+
+Made of a weight, a kernel has no such remainders: where an output has fewer weights than others of its chunk, some that are
+pruned, and zero, count as kept.
 """
-struct SparseKernel{C<:Integer}
+struct SparseKernel{H,C<:Integer}
     inputs::Int
     outputs::Int
     relu::Bool
     bias::Vector{Float32}
     block::Int # inputs of each but the last
     blocks::Vector{Int} # where in `rows` each begins, and the end
-    singles::Vector{Int} # where in `rows` those one by one begin
     rows::Vector{Int32} # outputs, from 0
     counts::Vector{Int32} # of their weights in the block
     columns::Vector{C} # inputs in the block, from 0, or how far they are from where windows begin
     values::Vector{Float32}
 end
 
-function SparseKernel(W, mask, bias, relu)
-    kernel, places = packed(permutedims(mask), (size(W, 1), 1), bias, relu)
-    kernel.values .= @view W[places]
+function SparseKernel{H}(W, mask, bias, relu) where {H}
+    kept = permutedims(mask)
+    block = block_size(kept, H)
+    kernel, places = packed(SparseKernel{H}, even_chunks!(kept, block, Val(H)), (size(W, 1), 1), bias, relu, block)
+    kernel.values .= view(W, places) .* view(mask, places)
     return kernel
 end
 
 """
 A kernel with weights yet to be filled in, and where in the weight's memory each has its place. `kept`, of size (inputs,
 outputs), is `true` where weights are, and `strides` are the distances in that memory from one input, and from one output,
-to the next. Blocks have at most `most` inputs.
+to the next.
 """
-function packed(kept, strides, bias, relu, most = block_size(count(kept) / length(kept)))
+function packed(::Type{SparseKernel{H}}, kept, strides, bias, relu, block = block_size(kept, H)) where {H}
     inputs, outputs = size(kept)
     n = count(kept)
-    block = cld(inputs, cld(inputs, most))
-    blocks, singles, rows, counts = Int[1], Int[], Int32[], Int32[]
+    blocks, rows, counts = Int[1], Int32[], Int32[]
     columns, places = Vector{UInt8}(undef, n), Vector{Int32}(undef, n)
-    found = Matrix{UInt8}(undef, block + 1, CHUNK_HEIGHT)
+    found = Matrix{UInt8}(undef, block + 1, H)
     k = 0
     for start in 1:block:inputs
         stop = min(start + block - 1, inputs)
-        numbers = [count(view(kept, start:stop, i)) for i in 1:outputs]
-        # In the first block outputs get their bias, in the last their activation.
-        order = filter(i -> numbers[i] > 0 || start == 1 || stop == inputs, sortperm(numbers))
-        whole = length(order) - length(order) % CHUNK_HEIGHT
-        push!(singles, length(rows) + 1 + whole)
+        numbers, order = by_number(kept, start, stop)
         append!(rows, order .- 1)
         append!(counts, @view numbers[order])
-        chunks = [[order[i:(i + CHUNK_HEIGHT - 1)] for i in 1:CHUNK_HEIGHT:whole]; [[i] for i in order[(whole + 1):end]]]
-        for chunk in chunks
+        k = over_chunks(k, 1, length(order), Val(H)) do k, at, height
+            chunk = ntuple(c -> order[at + c - 1], height)
             for (c, i) in enumerate(chunk)
                 find!(view(found, :, c), view(kept, start:stop, i))
             end
             put(k, m, c) = (columns[k] = found[m, c];
                             places[k] = (start - 1 + found[m, c]) * strides[1] + (chunk[c] - 1) * strides[2] + 1)
-            k = each_of_chunk(put, k, view(numbers, chunk))
+            return each_of_chunk(put, k, map(i -> numbers[i], chunk))
         end
         push!(blocks, length(rows) + 1)
     end
-    kernel = SparseKernel(inputs, outputs, relu, bias, block, blocks, singles, rows, counts, columns, zeros(Float32, n))
-    return kernel, places
+    return SparseKernel{H,UInt8}(inputs, outputs, relu, bias, block, blocks, rows, counts, columns, zeros(Float32, n)), places
+end
+
+"How many weights outputs have in a block, and the outputs that it computes, in this order."
+function by_number(kept, start, stop)
+    numbers = vec(count(view(kept, start:stop, :); dims = 1))
+    # In the first block outputs get their bias, in the last their activation.
+    return numbers, filter(i -> numbers[i] > 0 || start == 1 || stop == size(kept, 1), sortperm(numbers))
+end
+
+"Mark more weights as kept, so that outputs of a chunk have equally many."
+function even_chunks!(kept, block, height)
+    for start in 1:block:size(kept, 1)
+        stop = min(start + block - 1, size(kept, 1))
+        numbers, order = by_number(kept, start, stop)
+        over_chunks(nothing, 1, length(order), height) do _, at, height
+            chunk = ntuple(c -> order[at + c - 1], height)
+            foreach(i -> keep_more!(view(kept, start:stop, i), numbers[last(chunk)] - numbers[i]), chunk)
+        end
+    end
+    return kept
+end
+
+function keep_more!(kept, n)
+    for i in eachindex(kept)
+        n == 0 && return
+        kept[i] || (kept[i] = true; n -= 1)
+    end
+end
+
+"""
+Call `f` for the chunks of the outputs from the `i`-th to the `last`, of H at most: with `state`, or what it returned for the one
+before, where the chunk begins, and a `Val` of its number of outputs.
+"""
+@inline function over_chunks(f, state, i, last, ::Val{H}) where {H}
+    while i + H - 1 <= last
+        state = f(state, i, Val(H))
+        i += H
+    end
+    return H == 1 ? state : over_chunks(f, state, i, last, Val(H == 8 ? 4 : 1))
 end
 
 "Call `put` for the weights of a chunk, the next after `k` others: with number, place among those of its output, and output."
@@ -133,12 +184,13 @@ outputs(kernel::SparseKernel) = kernel.outputs
 "`y = W * x .+ bias` and the fused activation for panels of V vectors: `x` is (samples, inputs), `y` (samples, outputs)."
 function multiply!(y::Matrix{Float32}, x::Union{Matrix{Float32},Rows}, kernel::SparseKernel, width::Val)
     GC.@preserve x y kernel begin
-        at, n = NextWeights(pointer(kernel.columns), pointer(kernel.values)), length(kernel.singles)
+        kept, k, n = Kept(kernel.columns, kernel.values), 0, length(kernel.blocks) - 1
+        lanes = lane_numbers(kernel)
         for b in 1:n
             input = block(x, (b - 1) * kernel.block, kernel.block, width)
             bias = b == 1 ? pointer(kernel.bias) : C_NULL
-            at = over_block(multiply_rows!, at, kernel, b, pointer(y), bytes(width), input, bytes(width), bias,
-                            kernel.relu && b == n, width, SideBySide())
+            k = over_block(multiply_rows!, k, kernel, b, kept, lanes, pointer(y), width, input, width, bias,
+                           kernel.relu && b == n, width, SideBySide())
         end
     end
     return y
@@ -155,85 +207,103 @@ Apart(V, step) = step == 1 ? SideBySide() : Apart{V,step}()
 "Where the `v`-th vector is, in bytes after the first."
 @inline place(::Apart{V,step}, v) where {V,step} = ((v - 1) ÷ V * V * step + (v - 1) % V) * sizeof(Lane)
 
-"Where a kernel's next weights are."
-struct NextWeights{C}
+"Where a kernel's kept weights are, or something else that each has."
+struct Kept{C}
     columns::Ptr{C}
     values::Ptr{Float32}
 end
-after(at::NextWeights{C}, n) where {C} = NextWeights(at.columns + n * sizeof(C), at.values + n * sizeof(Float32))
+Kept(columns::Vector, values) = Kept(pointer(columns), pointer(values))
+columns_after((; columns)::Kept{C}, k) where {C} = columns + k * sizeof(C)
+values_after((; values), k) = values + k * sizeof(Float32)
 
-"Call `f` for the outputs of a block, a chunk or one at a time: with where their weights begin, their numbers, and the outputs."
-@inline function over_block(f, at, kernel, b, arguments...)
+"Call `f` for the outputs of a block, a chunk at a time: with the number of weights before it, which it returns for the next."
+@inline function over_block(f, k, kernel::SparseKernel{H}, b, arguments...) where {H}
     rows, counts = pointer(kernel.rows), pointer(kernel.counts)
-    r, single, stop = kernel.blocks[b], kernel.singles[b], kernel.blocks[b + 1]
-    while r < single
-        at = f(at, integers(counts, r, Val(CHUNK_HEIGHT)), integers(rows, r, Val(CHUNK_HEIGHT)), arguments...)
-        r += CHUNK_HEIGHT
+    return over_chunks(k, kernel.blocks[b], kernel.blocks[b + 1] - 1, Val(H)) do k, r, height
+        @inline
+        f(k, chunk(rows + (r - 1) * sizeof(Int32), counts + (r - 1) * sizeof(Int32), height), arguments...)
     end
-    while r < stop
-        at = f(at, integers(counts, r, Val(1)), integers(rows, r, Val(1)), arguments...)
-        r += 1
-    end
-    return at
 end
 
-@inline integers(p, i, n) = ntuple(c -> unsafe_load(p, i + c - 1) % Int, n)
-
-"""
-Call `f`, for each output of a chunk, with its part of `values`, where the weights that it has more than the first begin, and their
-number. Returns what `f` does, and where the next weights are.
-"""
-@inline function over_others(f, values, at, counts)
-    others = map(n -> n - first(counts), counts)
-    starts = map((stop, n) -> after(at, stop - n), cumsum(others), others)
-    return map(f, values, starts, others), after(at, sum(others))
+"Where the N outputs of a chunk, and the numbers of their weights, are."
+struct Chunk{N}
+    rows::Ptr{Int32}
+    counts::Ptr{Int32}
 end
+chunk(rows, counts, ::Val{N}) where {N} = Chunk{N}(rows, counts)
+@inline row(chunk, c) = unsafe_load(chunk.rows, c) % Int
+@inline weights_of(chunk, c) = unsafe_load(chunk.counts, c) % Int
 
-@inline function multiply_rows!(at, counts, rows, y, between_outputs, x, between_inputs, bias, relu, width, layout)
-    sums = bias == C_NULL ? map(i -> (@inline; load(y + i * between_outputs, width)), rows) :
+@inline function multiply_rows!(k, chunk::Chunk{N}, kept, lanes, y, between_outputs, x, between_inputs, bias, relu, width,
+                                layout) where {N}
+    rows, n = ntuple(c -> row(chunk, c), Val(N)), weights_of(chunk, 1)
+    sums = bias == C_NULL ? map(i -> (@inline; load(y + distance(i, between_outputs), width)), rows) :
            map(i -> (@inline; ntuple(Returns(Lane(unsafe_load(bias, i + 1))), width)), rows)
-    for _ in 1:first(counts)
-        weights, inputs = next(at, Val(length(rows)), x, between_inputs)
+    for _ in 1:n
+        weights, inputs = load_weights(values_after(kept, k), lanes, Val(N)), inputs_after(kept, k, Val(N), x, between_inputs)
         sums = map((row, w, input) -> (@inline; add_product(row, w, input, layout)), sums, weights, inputs)
-        at = after(at, length(rows))
+        k += N
     end
-    if last(counts) > first(counts)
-        sums, at = over_others((row, start, n) -> (@inline; add_products(row, start, n, x, between_inputs, layout)), sums, at, counts)
-    end
-    relu && (sums = map(row -> (@inline; map(s -> max(s, zero(s)), row)), sums))
-    map((i, row) -> (@inline; store!(y + i * between_outputs, row, width)), rows, sums)
-    return at
+    others = weights_of(chunk, N) > n
+    relu && !others && (sums = map(row -> (@inline; map(s -> max(s, zero(s)), row)), sums))
+    map((i, row) -> (@inline; store!(y + distance(i, between_outputs), row, width)), rows, sums)
+    return others ? multiply_others!(k, chunk, kept, y, between_outputs, x, between_inputs, relu, width, layout) : k
 end
 
-@inline function add_products(sums, at, n, x, between, layout)
-    for _ in 1:n
-        (weight,), (input,) = next(at, Val(1), x, between)
-        sums, at = add_product(sums, weight, input, layout), after(at, 1)
+"Add the products of the weights that outputs of a chunk have more than its first."
+@noinline function multiply_others!(k, chunk::Chunk{N}, kept, y, between_outputs, x, between_inputs, relu, width, layout) where {N}
+    for c in 1:N
+        output = y + distance(row(chunk, c), between_outputs)
+        sums = load(output, width)
+        for _ in 1:(weights_of(chunk, c) - weights_of(chunk, 1))
+            (input,) = inputs_after(kept, k, Val(1), x, between_inputs)
+            sums = add_product(sums, Lane(unsafe_load(values_after(kept, k))), input, layout)
+            k += 1
+        end
+        store!(output, relu ? map(s -> max(s, zero(s)), sums) : sums, width)
     end
-    return sums
+    return k
 end
 
 bytes(::Val{V}) where {V} = V * sizeof(Lane)
+"How far apart features are, in bytes, when neighbours are so many apart, or what a panel of V vectors takes."
+distance(features, between) = features * between
+distance(features, width::Val) = features * bytes(width)
 
-"The next weights, and where their inputs are."
-@inline next(at::NextWeights{C}, n, x, between) where {C} =
-    load_weights(C, at.values, n), map(column -> x + column * between, load_columns(at.columns, n))
+"Where the inputs of the next weights are."
+@inline inputs_after(kept, k, n, x, between) =
+    map(column -> x + distance(column, between), load_columns(columns_after(kept, k), n))
 
-@inline load_weights(_, p, ::Val{1}) = (Lane(unsafe_load(p)),)
-@inline load_columns(p, ::Val{1}) = (unsafe_load(p) % Int,)
 # In few loads: loads, of which a product needs as many as it has vectors, are what limits the kernel.
-@inline load_weights(::Type{UInt8}, p, ::Val{4}) = (load_pair(p)..., load_pair(p + 2sizeof(Float32))...)
-@inline load_pair(p) = (pair = vload(Vec{2,Float32}, p); (splat(pair, Val(0)), splat(pair, Val(1))))
+@inline function load_weights(p, lanes, ::Val{N}) where {N}
+    (N == 1 || isnothing(lanes)) && return ntuple(c -> Lane(unsafe_load(p, c)), Val(N))
+    weights = shufflevector(vload(Vec{N,Float32}, p), Val(ntuple(i -> i <= N ? i - 1 : :undef, Val(LANES))))
+    return ntuple(c -> (@inline; permuted(weights, lanes[c])), Val(N))
+end
+
+"""
+The numbers of the first H lanes, for `load_weights`, if it loads weights together and then spreads them. LLVM is not told which
+they are, as it would load each weight again instead. The sums of windows next to each other leave no registers for them.
+"""
+lane_numbers(::SparseKernel{H,UInt8}) where {H} = H > 1 ? ntuple(c -> unknown(Vec{LANES,Int32}(c - 1)), Val(H)) : nothing
+lane_numbers(::SparseKernel) = nothing
+@inline unknown(v::Vec{LANES,Int32}) = Vec(Base.llvmcall(
+    """
+    %2 = call <16 x i32> asm "", "=v,0"(<16 x i32> %0)
+    ret <16 x i32> %2
+    """, Registers{Int32}, Tuple{Registers{Int32}}, v.data))
+const Registers{T} = NTuple{LANES,VecElement{T}}
+@inline permuted(v::Lane, places) = Vec(ccall("llvm.x86.avx512.permvar.sf.512", llvmcall, Registers{Float32},
+                                              (Registers{Float32}, Registers{Int32}), v.data, places.data))
+
+@inline load_columns(p, ::Val{1}) = (unsafe_load(p) % Int,)
 @inline load_columns(p::Ptr{UInt8}, ::Val{4}) =
     (all = ltoh(unsafe_load(Ptr{UInt32}(p))) % Int; (all & 0xff, all >> 8 & 0xff, all >> 16 & 0xff, all >> 24))
-
+@inline load_columns(p::Ptr{UInt8}, ::Val{8}) =
+    (all = ltoh(unsafe_load(Ptr{UInt64}(p))); ntuple(c -> (all >> (8c - 8) & 0xff) % Int, Val(8)))
 @inline load_columns(p::Ptr{Int32}, ::Val{4}) = (load_columns(p)..., load_columns(p + 2sizeof(Int32))...)
 @inline load_columns(p::Ptr{Int32}) = (both = ltoh(unsafe_load(Ptr{UInt64}(p))); (both % Int & 0xffffffff, (both >> 32) % Int))
 
-# The sums of places next to each other leave no register for pairs.
-@inline load_weights(::Type{Int32}, p, ::Val{4}) = ntuple(c -> Lane(unsafe_load(p, c)), Val(4))
-
-@inline splat(vector, ::Val{i}) where {i} = shufflevector(vector, Val(ntuple(Returns(i), Val(LANES))))
 @inline add_product(sums::NTuple{N}, w, x, layout) where {N} =
     ntuple(v -> (@inline; muladd(w, vload(Lane, x + place(layout, v)), sums[v])), Val(N))
 @inline load(p, ::Val{V}, stride = sizeof(Lane)) where {V} = ntuple(v -> vload(Lane, p + (v - 1) * stride), Val(V))
@@ -244,42 +314,45 @@ bytes(::Val{V}) where {V} = V * sizeof(Lane)
 "Add to `slopes`, in the order of the kernel's weights, the products `dy * x'` where weights are kept; panels as in `multiply!`."
 function add_slopes!(slopes, dy::Matrix{Float32}, x::Matrix{Float32}, kernel::SparseKernel, width::Val)
     GC.@preserve slopes dy x kernel begin
-        at = NextWeights(pointer(kernel.columns), pointer(slopes))
+        kept, k = Kept(kernel.columns, slopes), 0
         for b in 1:(length(kernel.blocks) - 1)
             input = block(x, (b - 1) * kernel.block, kernel.block, width)
-            at = over_block(add_slopes_of_rows!, at, kernel, b, pointer(dy), input, width)
+            k = over_block(add_slopes_of_rows!, k, kernel, b, kept, pointer(dy), input, width)
         end
     end
     return slopes
 end
 
-@inline function add_slopes_of_rows!(at, counts, rows, dy, x, width)
-    deltas = map(i -> (@inline; load(dy + i * bytes(width), width)), rows)
-    length(rows) == 1 && return add_slopes_of_row!(at, only(counts), only(deltas), x, width)
-    for _ in 1:first(counts)
-        at = add_next_slopes!(at, deltas, x, width)
+@inline function add_slopes_of_rows!(k, chunk::Chunk{N}, kept, dy, x, width) where {N}
+    n = weights_of(chunk, 1)
+    delta(c) = load(dy + row(chunk, c) * bytes(width), width)
+    N == 1 && return add_slopes_of_row!(k, n, kept, delta(1), x, width)
+    deltas = ntuple(delta, Val(N))
+    for _ in 1:n
+        k = add_next_slopes!(k, kept, deltas, x, width)
     end
-    if last(counts) > first(counts)
-        _, at = over_others((delta, start, n) -> (@inline; add_slopes_of_row!(start, n, delta, x, width)), deltas, at, counts)
+    for c in 2:N
+        others = weights_of(chunk, c) - n
+        others > 0 && (k = add_slopes_of_row!(k, others, kept, delta(c), x, width))
     end
-    return at
+    return k
 end
 
 # Four at a time, as sums over vectors take long.
-@inline function add_slopes_of_row!(at, count, delta, x, width)
-    for _ in 1:(count >> 2)
-        at = add_next_slopes!(at, (delta, delta, delta, delta), x, width)
+@inline function add_slopes_of_row!(k, n, kept, delta, x, width)
+    for _ in 1:(n >> 2)
+        k = add_next_slopes!(k, kept, (delta, delta, delta, delta), x, width)
     end
-    for _ in 1:(count & 3)
-        at = add_next_slopes!(at, (delta,), x, width)
+    for _ in 1:(n & 3)
+        k = add_next_slopes!(k, kept, (delta,), x, width)
     end
-    return at
+    return k
 end
 
-@inline function add_next_slopes!(at, deltas, x, width)
-    _, inputs = next(at, Val(length(deltas)), x, bytes(width))
-    add_sums!(at.values, map(product, deltas, inputs))
-    return after(at, length(deltas))
+@inline function add_next_slopes!(k, kept, deltas::NTuple{N}, x, width) where {N}
+    inputs = inputs_after(kept, k, Val(N), x, width)
+    add_sums!(values_after(kept, k), map(product, deltas, inputs))
+    return k + N
 end
 
 @inline add_sums!(p, products::NTuple{4}) = vstore(vload(Vec{4,Float32}, p) + sums(products...), p)

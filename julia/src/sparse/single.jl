@@ -20,8 +20,6 @@ end
 
 "Inputs among which a vector of weights finds its own, in the registers of AVX-512."
 const SPAN = 4LANES
-const PERMUTES = CPUID.test_cpu_feature(CPUID.JL_X86_avx512f)
-const Registers{T} = NTuple{LANES,VecElement{T}}
 
 """
 The kept weights of a layer, output by output, LANES at a time: those within SPAN inputs, which are loaded into four registers and

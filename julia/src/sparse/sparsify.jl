@@ -75,8 +75,8 @@ function sparsify(model; kernels = :auto, input_size = nothing)
     end
     kernels_of_panels = foldl(with_pooling, possible; init = Tuple[])
     largest = maximum(((kernels, _),) -> max(inputs(first(kernels)), room(first(kernels))), kernels_of_panels)
-    fitting = any(part -> part isa PrunableConv, parts) ? PANEL_BYTES ÷ (largest * sizeof(Lane)) : MAX_VECTORS
-    vectors, buffers = clamp(fitting, 1, MAX_VECTORS), 2 * Threads.nthreads()
+    fitting = any(part -> part isa PrunableConv, parts) ? PANEL_BYTES ÷ (largest * sizeof(Lane)) : PANEL_VECTORS
+    vectors, buffers = clamp(fitting, 1, PANEL_VECTORS), 2 * Threads.nthreads()
     panels = [FastLayer(fastest_panel(kernels, vectors), σ) for (kernels, σ) in kernels_of_panels]
     single = [FastLayer(fastest_single(part.single, part.panels[1]), part.σ) for part in possible]
     columns = max(largest, cld(maximum(part -> buffer_length(part.panels[1]), possible), vectors * LANES))
@@ -129,8 +129,8 @@ function candidates(layer::PrunableDense, dims, choice)
     W, mask, b, relu, σ = for_kernels(layer)
     dense = DenseKernel(Windows(size(W, 2)), W, b, relu)
     rows = SparseRows(W, mask, b, relu)
-    of_one = PERMUTES ? (rows, PermutedRows(W, mask, b, relu)) : (rows,)
-    panels, single = among(choice, (SparseKernel(W, mask, b, relu),), dense), among(choice, of_one, dense)
+    of_one = AVX512 ? (rows, PermutedRows(W, mask, b, relu)) : (rows,)
+    panels, single = among(choice, (SparseKernel{HIGH}(W, mask, b, relu),), dense), among(choice, of_one, dense)
     return [Candidates(panels, single, σ)], (length(b),)
 end
 

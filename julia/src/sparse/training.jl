@@ -11,17 +11,17 @@ the k-th of them is at `places[k]` of the weight's memory, and the k-th of `back
 `order[k]`-th of `forward`. A first layer needs no gradient of its inputs.
 """
 struct SparseProducts
-    forward::SparseKernel
+    forward::SparseKernel{LOW,UInt8}
     places::Vector{Int32}
-    backward::Union{SparseKernel,Nothing}
+    backward::Union{SparseKernel{LOW,UInt8},Nothing}
     order::Vector{Int32}
 end
 
 function SparseProducts(mask, bias, relu; is_first)
     outputs, inputs = size(mask)
-    forward, places = packed(permutedims(mask), (outputs, 1), bias, relu)
+    forward, places = packed(SparseKernel{LOW}, permutedims(mask), (outputs, 1), bias, relu)
     is_first && return SparseProducts(forward, places, nothing, Int32[])
-    backward, backward_places = packed(mask, (1, outputs), zeros(Float32, inputs), false)
+    backward, backward_places = packed(SparseKernel{LOW}, mask, (1, outputs), zeros(Float32, inputs), false)
     position = Vector{Int32}(undef, length(mask))
     position[places] = eachindex(places)
     return SparseProducts(forward, places, backward, position[backward_places])

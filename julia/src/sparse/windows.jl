@@ -63,14 +63,16 @@ the corner.
 """
 struct SparseWindows
     windows::Windows
-    kernel::SparseKernel{Int32}
+    kernel::SparseKernel{LOW,Int32}
 end
 
 function SparseWindows(windows, W, mask, bias, relu)
-    (; inputs, outputs, block, blocks, singles, rows, counts), places =
-        packed(permutedims(mask), (size(W, 1), 1), bias, relu, taps_of_block(windows))
-    columns, values = Int32.(taps(windows))[cld.(places, outputs)], W[places]
-    return SparseWindows(windows, SparseKernel(inputs, outputs, relu, bias, block, blocks, singles, rows, counts, columns, values))
+    block = even_blocks(size(W, 2), taps_of_block(windows))
+    (; inputs, outputs, blocks, rows, counts), places =
+        packed(SparseKernel{LOW}, even_chunks!(permutedims(mask), block, Val(LOW)), (size(W, 1), 1), bias, relu, block)
+    columns, values = Int32.(taps(windows))[cld.(places, outputs)], view(W, places) .* view(mask, places)
+    kernel = SparseKernel{LOW,Int32}(inputs, outputs, relu, bias, block, blocks, rows, counts, columns, values)
+    return SparseWindows(windows, kernel)
 end
 
 "How many taps have their inputs in the fastest cache while the weights of all outputs pass over those of neighbouring windows."
@@ -119,7 +121,7 @@ outputs(scaling::Scaling) = scaling.features
 
 "How many vectors of sums of an output a kernel computes at once, at most."
 vectors(::Type{DenseKernel}) = MAX_VECTORS
-vectors(::Type{SparseWindows}) = CHUNK_HEIGHT > 1 ? 7 : MAX_VECTORS
+vectors(::Type{SparseWindows}) = AVX512 ? 7 : MAX_VECTORS
 
 function multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{DenseKernel,SparseWindows}, width::Val{V}) where {V}
     return multiply_windows!(y, x, kernel, width, Apart(V, row_step(kernel.windows)))
@@ -173,10 +175,11 @@ end
     N == V || n == N ? f(i, vectors) : with_vectors(f, i, n, Val(N - V), width)
 
 function multiply_places!(y, plane, x, feature, kernel::SparseKernel, vectors, layout)
-    at, n = NextWeights(pointer(kernel.columns), pointer(kernel.values)), length(kernel.singles)
+    kept, k, n = Kept(kernel.columns, kernel.values), 0, length(kernel.blocks) - 1
     for b in 1:n
         bias = b == 1 ? pointer(kernel.bias) : C_NULL
-        at = over_block(multiply_rows!, at, kernel, b, y, plane, x, feature, bias, kernel.relu && b == n, vectors, layout)
+        relu = kernel.relu && b == n
+        k = over_block(multiply_rows!, k, kernel, b, kept, lane_numbers(kernel), y, plane, x, feature, bias, relu, vectors, layout)
     end
     return nothing
 end
