@@ -27,8 +27,8 @@ import torch  # isort: skip  # after peers, which says so where it is missing
 SECONDS = 2e-3
 """What one measurement takes about, so that few are interrupted."""
 
-PAUSE = 3e-2
-"""Before each, in which the threads of others come to rest."""
+PAUSE = 0.15
+"""Before each, in which the threads of others come to rest; those of OpenBLAS take a tenth of a second."""
 
 WAKING = 1e-2
 """Then, for as long about, the same is done without being measured, until its own threads are awake."""

@@ -85,10 +85,10 @@ print(sorted(k for k in os.environ if k.startswith("PYTHON_JULIACALL_") and k no
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, (len(os.sched_getaffinity(0)), len(os.sched_getaffinity(0)))),
+        ({}, (len(os.sched_getaffinity(0)), 1)),
         ({"PYTHON_JULIACALL_THREADS": "1"}, (1, 1)),
-        ({"JULIA_NUM_THREADS": "3"}, (3, 3)),
-        ({"JULIA_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1"}, (2, 1)),
+        ({"JULIA_NUM_THREADS": "3"}, (3, 1)),
+        ({"JULIA_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}, (2, 2)),
         ({"PYTHON_JULIACALL_HANDLE_SIGNALS": "no"}, (1, 1)),
     ],
 )

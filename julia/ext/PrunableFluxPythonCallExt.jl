@@ -9,7 +9,7 @@ using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
 using PrunableFlux: PrunableFlux, Prunable, PrunableConv, PrunableDense, SparseNetwork, canonical, evaluate, features, flipped,
-                    host_scores, inner, mask!, prunables, prune_silently!, saliency, step!, store!, trainer, unprunable,
+                    host_scores, inner, mask!, prunables, prune_silently!, saliency, hold_blas, step!, release_blas, store!, trainer, unprunable,
                     zero_pruned!
 using PythonCall: Py, pybuiltins, pyconvert, pygetattr
 
@@ -162,6 +162,7 @@ end
 function advance!(steps::Steps, seconds)
     (; trained, opt, batches, losses) = steps
     deadline = time() + seconds
+    hold_blas()
     try
         while steps.done < length(batches)
             x, y = batches[steps.done + 1]
@@ -170,6 +171,7 @@ function advance!(steps::Steps, seconds)
             time() < deadline || break
         end
     finally
+        release_blas()
         store!(trained)
     end
     return steps.done

@@ -21,7 +21,7 @@ using Flux: Flux, Adam, BatchNorm, Chain, Conv, DataLoader, Dense, Zygote, gloro
 using ForwardDiff: Dual, ForwardDiff, partials
 using Functors: children, fmap, isleaf
 using Base.BinaryPlatforms: CPUID
-using LinearAlgebra: Adjoint, I, Symmetric, Transpose, cholesky, diag, issuccess, mul!, tr
+using LinearAlgebra: Adjoint, BLAS, I, Symmetric, Transpose, cholesky, diag, issuccess, mul!, tr
 using MLUtils: MLUtils, numobs
 using NNlib: NNlib
 using Optimisers: Optimisers, AccumGrad, AdaBelief, AdaDelta, AdaGrad, AdaMax, AdamW, AMSGrad, ClipGrad, ClipNorm, Descent, Lion,

@@ -176,6 +176,7 @@ Train for `training.epochs` at the learning rates that `finetune` calls for, wit
 function fit!(model, batches, training; finetune = nothing, copy_at = nothing, every = 1, between! = nothing)
     opt = Flux.setup(training.optimiser, model)
     origin, step, trained = copy_at == 0 ? deepcopy(model) : nothing, 0, trainer(model, opt)
+    hold_blas()
     try
         for epoch in 1:(training.epochs)
             adjust_rate!(opt, training, rate_epoch(finetune, training, epoch))
@@ -190,6 +191,7 @@ function fit!(model, batches, training; finetune = nothing, copy_at = nothing, e
             end
         end
     finally
+        release_blas()
         store!(trained)
     end
     return origin

@@ -79,16 +79,45 @@ function (layer::PrunableDense)(x::AbstractArray)
 end
 
 "`(W .* M) * x`, without the copy of `W`: pruned weights that are not 0 are set to 0 in place."
-masked_mul(W, M, x) = zero_pruned!(W, M) * x
+masked_mul(W, M, x) = shared_product(zero_pruned!(W, M), x)
 
 function ChainRulesCore.rrule(::typeof(masked_mul), W, M, x)
     y = masked_mul(W, M, x)
     project_W, project_x = ProjectTo(W), ProjectTo(x)
     function masked_mul_pullback(ȳ)
         dy = unthunk(ȳ)
-        return NoTangent(), @thunk(project_W(mask!(dy * x', M))), NoTangent(), @thunk(project_x(W' * dy))
+        return NoTangent(), @thunk(project_W(mask!(gradient_of_weight(W, dy, x), M))), NoTangent(), @thunk(project_x(shared_product(W', dy)))
     end
     return y, masked_mul_pullback
+end
+
+gradient_of_weight(W, dy, x) = shared_product(dy, x')
+gradient_of_weight(W::Matrix{T}, dy::Matrix{T}, x::Matrix{T}) where {T<:Union{Float32,Float64}} =
+    shared_product!(memory_for_gradient(W), dy, x')
+
+"""
+Memory for gradients of weights, by weight, in which each step of training puts its own: without, it would take new memory, as
+much as the weights do, and leave that to the garbage collector.
+"""
+struct GradientMemory
+    free::IdDict{Matrix,Matrix}
+    lent::IdDict{Matrix,Matrix}
+end
+GradientMemory() = GradientMemory(IdDict(), IdDict())
+
+"Call `f`, whose gradients of weights are in the memory and valid until this is called again."
+function with_memory(f, memory::GradientMemory)
+    merge!(memory.free, memory.lent)
+    empty!(memory.lent)
+    return task_local_storage(f, :gradients_of_weights, memory)
+end
+with_memory(f, ::Nothing) = f()
+
+function memory_for_gradient(W)
+    memory = get(task_local_storage(), :gradients_of_weights, nothing)
+    isnothing(memory) && return similar(W)
+    slopes = pop!(memory.free, W, nothing)
+    return (memory.lent[W] = isnothing(slopes) ? similar(W) : slopes)::typeof(W)
 end
 
 """

@@ -35,3 +35,56 @@ end
 
 "Call `f` with each of `items` and its number, on all threads."
 share_items(f, items) = share(shares -> foreach(i -> f(i, items[i]), shares), length(items))
+
+"How many hold BLAS, and the threads that it had before."
+const HELD = (lock = ReentrantLock(), count = Ref(0), threads = Ref(0))
+
+"""
+Where Julia has several threads, leave BLAS one until `release_blas` is called: then `shared_product` shares products among Julia's.
+BLAS's own keep processors busy for a tenth of a second after each, waiting for the next, while Julia's have other work.
+"""
+function hold_blas()
+    (; lock, count, threads) = HELD
+    @lock lock begin
+        if count[] == 0 && Threads.nthreads() > 1
+            threads[] = BLAS.get_num_threads()
+            BLAS.set_num_threads(1)
+        end
+        count[] += 1
+    end
+    return nothing
+end
+
+function release_blas()
+    (; lock, count, threads) = HELD
+    @lock lock begin
+        count[] -= 1
+        count[] == 0 && Threads.nthreads() > 1 && BLAS.set_num_threads(threads[])
+    end
+    return nothing
+end
+
+"Multiplications of a product, and elements of an update, that take longer than to share fewer."
+const SHARED_PRODUCT, SHARED_UPDATE = 2^21, 2^17
+const HostMatrix{T} = Union{Matrix{T},Adjoint{T,Matrix{T}}}
+
+"`A * B`, of which each of Julia's threads computes some rows or columns if BLAS has but one thread."
+shared_product(A, B) = A * B
+shared_product(A::HostMatrix{T}, B::HostMatrix{T}) where {T<:Union{Float32,Float64}} =
+    shared_product!(Matrix{T}(undef, size(A, 1), size(B, 2)), A, B)
+
+function shared_product!(C, A, B)
+    n, m = size(C)
+    Threads.nthreads() > 1 && n * m * size(A, 2) >= SHARED_PRODUCT && BLAS.get_num_threads() == 1 || return mul!(C, A, B)
+    share_items(collect(parts(max(n, m)))) do _, part
+        n >= m ? mul!(view(C, part, :), rows(A, part), B) : mul!(view(C, :, part), A, columns(B, part))
+    end
+    return C
+end
+
+"As many even parts of `1:n` as there are threads."
+parts(n) = Iterators.partition(1:n, cld(n, Threads.nthreads()))
+rows(A::Matrix, part) = view(A, part, :)
+rows(A::Adjoint, part) = columns(parent(A), part)'
+columns(A::Matrix, part) = view(A, :, part)
+columns(A::Adjoint, part) = rows(parent(A), part)'

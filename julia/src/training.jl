@@ -62,9 +62,11 @@ function train_masked!(loss, model, batches, opt)
         "batches must be an iterator of pairs (x, y), such as a DataLoader or [(x, y)], not $(summary(batches))"))
     memories(opt, model)
     trained = trainer(model, opt)
+    hold_blas()
     return try
         [step!(loss, trained, opt, x, y) for (x, y) in batches]
     finally
+        release_blas()
         store!(trained)
     end
 end
@@ -73,17 +75,20 @@ end
 struct DenseTrainer{M}
     model::M
     statistics::Vector{AbstractVector}
+    gradients::Union{GradientMemory,Nothing} # none where an optimiser might keep a gradient
 end
 
-function DenseTrainer(model)
+function DenseTrainer(model, opt)
     norms = Iterators.filter(part -> part isa Union{BatchNorm,Flux.InstanceNorm}, Flux.modules(model))
-    return DenseTrainer(model, AbstractVector[v for norm in norms for v in (norm.μ, norm.σ²) if v isa AbstractVector])
+    statistics = AbstractVector[v for norm in norms for v in (norm.μ, norm.σ²) if v isa AbstractVector]
+    keeps_none = all(((leaf, _),) -> is_elementwise(leaf.rule), memories(opt, model))
+    return DenseTrainer(model, statistics, keeps_none ? GradientMemory() : nothing)
 end
 
-function step!(loss, (; model, statistics)::DenseTrainer, opt, x, y)
+function step!(loss, (; model, statistics, gradients)::DenseTrainer, opt, x, y)
     before = map(copy, statistics)
     try
-        return step!(loss, model, opt, x, y)
+        return with_memory(() -> step!(loss, model, opt, x, y), gradients)
     catch
         foreach(copyto!, statistics, before)
         rethrow()
@@ -133,16 +138,26 @@ end
 
 # Adam as Optimisers has it, in one pass over memory where that takes three, none of them vectorised.
 function update_leaf!(rule::Adam, leaf, x::Array{T}, dx::Array{T}, mask) where {T<:Union{Float32,Float64}}
-    (m, v, powers), (β1, β2) = leaf.state, T.(rule.beta)
+    m, v, powers = leaf.state
+    places = eachindex(x, dx, m, v)
+    if length(places) < SHARED_UPDATE
+        adam!(rule, m, v, powers, x, dx, mask, places)
+    else
+        share_items((_, part) -> adam!(rule, m, v, powers, x, dx, mask, part), collect(parts(length(places))))
+    end
+    leaf.state = (m, v, powers .* T.(rule.beta))
+    return x
+end
+
+function adam!(rule, m, v, powers, x::Array{T}, dx, mask, places) where {T}
+    β1, β2 = T.(rule.beta)
     η, ϵ, (c1, c2) = T(rule.eta), T(rule.epsilon), 1 .- powers
-    @inbounds @simd ivdep for i in eachindex(x, dx, m, v)
+    @inbounds @simd ivdep for i in places
         m[i] = β1 * m[i] + (1 - β1) * dx[i]
         v[i] = β2 * v[i] + (1 - β2) * abs2(dx[i])
         moved = x[i] - m[i] / c1 / (@fastmath(sqrt(v[i] / c2)) + ϵ) * η
         x[i] = isnothing(mask) ? moved : ifelse(mask[i], moved, zero(T))
     end
-    leaf.state = (m, v, powers .* (β1, β2))
-    return x
 end
 
 """
@@ -154,14 +169,20 @@ no samples.
 """
 function evaluate(model, batches; loss = logitcrossentropy)
     n, total, labels, correct = 0, 0.0, 0, 0
-    for (x, y) in as_batches(batches, 1024)
-        ŷ = model(x)
-        m = size(ŷ)[end]
-        n += m
-        total += m * loss(ŷ, y)
-        right = onecold(Flux.cpu(ŷ)) .== onecold(Flux.cpu(y))
-        labels += length(right)
-        correct += count(right)
+    given = as_batches(batches, 1024)
+    hold_blas()
+    try
+        for (x, y) in given
+            ŷ = model(x)
+            m = size(ŷ)[end]
+            n += m
+            total += m * loss(ŷ, y)
+            right = onecold(Flux.cpu(ŷ)) .== onecold(Flux.cpu(y))
+            labels += length(right)
+            correct += count(right)
+        end
+    finally
+        release_blas()
     end
     n > 0 || throw(ArgumentError("there must be at least one sample"))
     return (; loss = total / n, accuracy = correct / labels)

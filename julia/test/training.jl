@@ -140,6 +140,38 @@ end
     @test ours[2].dense.bias == make()[2].dense.bias
 end
 
+"An optimiser that keeps the gradient as it gets it, as one of a user may."
+struct Before <: Optimisers.AbstractRule end
+Optimisers.init(::Before, x) = zero(x)
+Optimisers.apply!(::Before, before, x, dx) = dx, 0.1f0 .* (dx .- before)
+
+@testset "gradients in the same memory are the gradients: $(nameof(typeof(rule)))" for
+        rule in (Adam(0.01), OptimiserChain(ClipNorm(1), AccumGrad(2), Momentum(0.05)), Before())
+    rng = Xoshiro(1)
+    twice = PrunableDense(8 => 8, tanh)
+    model = prune!(Chain(twice, PrunableDense(8 => 8, relu), Dense(8 => 8), twice, PrunableDense(8 => 3)), Magnitude(); sparsity = 0.3)
+    other, loss = deepcopy(model), Flux.logitcrossentropy
+    opt, other_opt = Flux.setup(rule, model), Flux.setup(rule, other)
+    data = [labelled(rng) for _ in 1:9]
+    losses = train_masked!(loss, model, data, opt)
+    @test losses == [PrunableFlux.step!(loss, other, other_opt, x, y) for (x, y) in data]
+    @test all(layer -> layer[1].dense.weight == layer[2].dense.weight, zip(prunables(model), prunables(other)))
+end
+
+@testset "steps give their gradients' memory to the next, and gradients after them get other memory" begin
+    trained = PrunableDense(300 => 200)
+    model, (x, y) = Chain(trained, PrunableDense(200 => 3)), (rand(Float32, 300, 8), Flux.onehotbatch(rand(1:3, 8), 1:3))
+    loss, opt = Flux.logitcrossentropy, Flux.setup(Adam(), model)
+    trainer = PrunableFlux.trainer(model, opt)
+    step() = PrunableFlux.step!(loss, trainer, opt, x, y)
+    step(), step()
+    @test (@allocated step()) < 4 * length(trained.mask)
+    gradient = Flux.gradient(m -> loss(m(x), y), model)[1].layers[1].dense.weight
+    copied = copy(gradient)
+    step(), step()
+    @test gradient == copied
+end
+
 @testset "tied layers are updated once" begin
     layer = PrunableDense(randn(Xoshiro(1), Float32, 5, 5), true, tanh)
     model = prune!(Chain(layer, layer), Magnitude(); sparsity = 0.5)

@@ -150,11 +150,11 @@ few weights left, a `SparseTrainer`. After the last step, even if it throws, cal
 """
 function trainer(model, opt)
     model isa Chain && all(layer -> layer isa TrainedSparse, model.layers) && density(model) <= TRAINED_SPARSE ||
-        return DenseTrainer(model)
+        return DenseTrainer(model, opt)
     layers = collect(PrunableDense, values(model.layers))
     memories = map(inner, values(opt.layers), layers)
     leaves = [leaf for (; weight, bias) in memories for leaf in (weight, bias) if leaf isa Optimisers.Leaf]
-    allunique(objectid, leaves) && all(leaf -> is_elementwise(leaf.rule), leaves) || return DenseTrainer(model)
+    allunique(objectid, leaves) && all(leaf -> is_elementwise(leaf.rule), leaves) || return DenseTrainer(model, opt)
     trained = map((layer, memory) -> TrainedLayer(layer, memory, layer === first(layers)), layers, memories)
     return SparseTrainer(model, opt, trained, Dict{Int,Vector{Workspace}}(), Vector{Slopes}[], false)
 end
