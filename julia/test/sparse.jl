@@ -143,7 +143,7 @@ end
     trial % 3 == 0 && (model = Chain(PrunableDense(Dense(randn(rng, Float32, 8, size(model[1], 2)), false)),
                                      PrunableDense(Dense(randn(rng, Float32, size(model[1], 2), 8))), model.layers...))
     foreach(layer -> layer.dense.weight ./= sqrt(size(layer.mask, 2)), model)
-    prune!(model, RandomSaliency(seed = trial); sparsity = rand(rng, (0.55, 0.9, 0.97)), structure = Global(min_kept = 1))
+    prune!(model, RandomSaliency(seed = trial); sparsity = rand(rng, (0.35, 0.9, 0.97)), structure = Global(min_kept = 1))
     rule = rand(rng, (Descent(0.1f0), Momentum(0.1f0), Flux.OptimiserChain(Flux.WeightDecay(0.01f0), Nesterov(0.1f0))))
     theirs, ours = deepcopy(model), deepcopy(model)
     their_opt, our_opt = Flux.setup(rule, theirs), Flux.setup(rule, ours)

@@ -2,8 +2,8 @@
 # the gradient of kept weights only. What is chosen depends on densities alone, never on a measurement, so that a run
 # that is repeated or resumed gives the same numbers.
 
-"Density up to which a network is trained on its kept weights only; above, BLAS is faster."
-const TRAINED_SPARSE = 0.5
+"Density up to which a network, and each of its layers, is trained on its kept weights only; above, BLAS is faster."
+const TRAINED_SPARSE = 0.7
 
 """
 The products of a layer's weight that training takes, of kept weights only, which are in `forward` while training goes on:
@@ -33,6 +33,23 @@ slopes(products::SparseProducts) = zeros(Float32, length(products.places))
 add_slopes!(slopes, dy, x, products::SparseProducts, width) =
     add_slopes!(slopes, dy, x, products.forward, Val(width ÷ LANES))
 
+"The products of a layer's weight, of all of it, in the same panels."
+struct DenseProducts
+    W::Matrix{Float32}
+    bias::Vector{Float32}
+    relu::Bool
+end
+
+function forward!(y, x, (; W, bias, relu)::DenseProducts, width)
+    mul!(y, x, W')
+    y .= relu ? max.(y .+ bias', 0) : y .+ bias'
+    return y
+end
+backward!(dx, dy, products::DenseProducts, width) = mul!(dx, dy, products.W)
+slopes(products::DenseProducts) = zeros(Float32, size(products.W))
+add_slopes!(slopes, dy, x, ::DenseProducts, width) = mul!(slopes, dy', x, true, true)
+refresh!(::DenseProducts) = nothing
+
 "Take up the weights as the last update has left them."
 function refresh!((; forward, backward, order)::SparseProducts)
     isnothing(backward) || @inbounds for k in eachindex(order)
@@ -46,7 +63,7 @@ A layer in training: its products, the activation where kernels do not apply it,
 optimiser has it and as the products need it.
 """
 mutable struct TrainedLayer
-    const products::SparseProducts
+    const products::Union{SparseProducts,DenseProducts}
     const after::Any
     const σ::Any
     const W::Matrix{Float32}
@@ -59,7 +76,7 @@ end
 function TrainedLayer(layer::PrunableDense, memory, is_first)
     (; weight, bias, σ) = layer.dense
     relu, b = σ === NNlib.relu, bias === false ? zeros(Float32, size(weight, 1)) : bias
-    products = SparseProducts(layer.mask, b, relu; is_first)
+    products = density(layer) > TRAINED_SPARSE ? DenseProducts(weight, b, relu) : SparseProducts(layer.mask, b, relu; is_first)
     after = relu || σ === identity ? nothing : NNlib.fast_act(σ, weight)
     return TrainedLayer(products, after, σ, weight, layer.mask, bias, memory, memory.weight)
 end
@@ -67,16 +84,22 @@ end
 inputs(layer::TrainedLayer) = size(layer.W, 2)
 outputs(layer::TrainedLayer) = size(layer.W, 1)
 
-function load!(layer::TrainedLayer)
-    (; forward, places) = layer.products
+load!(layer::TrainedLayer) = load!(layer, layer.products)
+function load!(layer, ::DenseProducts)
+    zero_pruned!(layer.W, layer.mask)
+    layer.of_weight = layer.memory.weight
+    return layer
+end
+function load!(layer, (; forward, places)::SparseProducts)
     forward.values .= @view layer.W[places]
     (; rule, state, frozen) = layer.memory.weight
     layer.of_weight = Optimisers.Leaf(rule, gathered(state, places, layer.W), frozen)
     return layer
 end
 
-function store!(layer::TrainedLayer)
-    (; forward, places) = layer.products
+store!(layer::TrainedLayer) = store!(layer, layer.products)
+store!(layer, ::DenseProducts) = layer
+function store!(layer, (; forward, places)::SparseProducts)
     zero_pruned!(layer.W, layer.mask)[places] = forward.values
     leaf = layer.memory.weight
     leaf.state = scattered!(leaf.state, layer.of_weight.state, places)
@@ -96,10 +119,14 @@ scattered!(state, now, places) = now
 function update!(layer::TrainedLayer, slopes)
     (; weight, bias) = layer.memory
     layer.of_weight.rule, layer.of_weight.frozen = weight.rule, weight.frozen # which may have been adjusted
-    weight.frozen || update_leaf!(weight.rule, layer.of_weight, layer.products.forward.values, slopes.weight, nothing)
+    weight.frozen || update_weights!(weight.rule, layer, slopes.weight, layer.products)
     layer.bias === false || bias.frozen || update_leaf!(bias.rule, bias, layer.bias, slopes.bias, nothing)
     return layer
 end
+
+update_weights!(rule, layer, slopes, (; forward)::SparseProducts) = update_leaf!(rule, layer.of_weight, forward.values, slopes, nothing)
+update_weights!(rule, layer, slopes, ::DenseProducts) =
+    update_leaf!(rule, layer.of_weight, layer.W, mask!(slopes, layer.mask), layer.mask)
 
 "Multiply the gradient of a layer's outputs `y` by the slope of its activation there."
 through!(dy, y, ::typeof(identity)) = dy
@@ -127,7 +154,7 @@ function workspace(layers, width)
     return Workspace([zeros(Float32, width, n) for n in sizes], [zeros(Float32, width, n) for n in sizes[2:end]])
 end
 
-const Slopes = @NamedTuple{weight::Vector{Float32}, bias::Vector{Float32}}
+const Slopes = @NamedTuple{weight::VecOrMat{Float32}, bias::Vector{Float32}}
 
 """
 A perceptron in training, for [`step!`](@ref), and what that needs again and again. It is of the masks as they are now. Between
@@ -164,8 +191,9 @@ trainer(model, opt, last) = trains(last, model, opt) ? last : trainer(model, opt
 
 trains(last, model, opt) = false
 trains(last::SparseTrainer, model, opt) = last.model === model && last.opt === opt && all(is_current, last.layers)
-is_current((; mask, products)::TrainedLayer) =
-    count(mask) == length(products.places) && all(place -> mask[place], products.places)
+is_current((; mask, products)::TrainedLayer) = is_current(mask, products)
+is_current(mask, (; places)::SparseProducts) = count(mask) == length(places) && all(place -> mask[place], places)
+is_current(mask, ::DenseProducts) = count(mask) > TRAINED_SPARSE * length(mask)
 
 "Put what a trainer has into its model and optimiser state; return the model."
 store!(trainer::DenseTrainer) = trainer.model
