@@ -27,8 +27,8 @@ import torch  # isort: skip  # after peers, which says so where it is missing
 SECONDS = 2e-3
 """What one measurement takes about, so that few are interrupted."""
 
-PAUSE = 0.15
-"""Before each, in which the threads of others come to rest; those of OpenBLAS take a tenth of a second."""
+PAUSE, PAUSE_OF_SEVERAL = 3e-2, 0.15
+"""Before each, in which the threads of others come to rest; several of OpenBLAS take a tenth of a second."""
 
 WAKING = 1e-2
 """Then, for as long about, the same is done without being measured, until its own threads are awake."""
@@ -136,7 +136,7 @@ def bench(
     torch.set_num_threads(threads)
     found = peers.installed() if runtimes else {}
     versions = {"julia": julia, "torch": get_engine("torch").versions(), "peers": dict(found)}
-    rng, rows = np.random.default_rng(0), list[Row]()
+    rng, rows, pause = np.random.default_rng(0), list[Row](), PAUSE if threads == 1 else PAUSE_OF_SEVERAL
     if start_up:
         if isinstance(network, Network):
             raise InvalidInput("network must be the widths of a perceptron where start-up is measured")
@@ -153,7 +153,7 @@ def bench(
                 "Flux, dense": peers.flux_training(net, x, y, batch),
             }
             ours: peers.Work = peers.masked_training(net, x, y, batch)
-            rows += compare("training step", batch, sparsity, ours, training, repeats, BATCHES)
+            rows += compare("training step", batch, sparsity, ours, training, repeats, pause, BATCHES)
             x = x[:batch]
             with peers.inference(net.parts, x, threads, list(found), deepsparse) as others:
                 for name, work in others.items():
@@ -161,7 +161,7 @@ def bench(
                     if isinstance(work, peers.DeepSparse):
                         versions["peers"][name] = work.version
                 ours = peers.Calls(functools.partial(fast, x))
-                rows += compare("inference", batch, sparsity, ours, others, repeats)
+                rows += compare("inference", batch, sparsity, ours, others, repeats, pause)
     return Bench(whole.sketch, threads, repeats, tuple(rows), versions)
 
 
@@ -181,11 +181,12 @@ def compare(
     ours: peers.Work,
     others: Mapping[str, peers.Work],
     repeats: int,
+    pause: float,
     least: int = 1,
 ) -> list[Row]:
     """Measure our work and that of each peer in turn, over and over, and return the rows of the best times.
 
-    A measurement takes at least so many calls: what comes once before them should not count.
+    Before each come seconds of pause. Each takes at least so many calls: what comes once should not count.
     """
     works = [ours, *others.values()]
     waking, calls = [], []
@@ -197,7 +198,7 @@ def compare(
     best = [np.inf] * len(works)
     for _ in range(repeats):
         for i, work in enumerate(works):
-            time.sleep(PAUSE)
+            time.sleep(pause)
             work.seconds(waking[i])
             best[i] = min(best[i], 1e6 * work.seconds(calls[i]) / calls[i])
     return [Row(what, batch, sparsity, peer, best[0], us) for peer, us in zip(others, best[1:], strict=True)]

@@ -9,8 +9,8 @@ using NNlib: NNlib
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
 using PrunableFlux: PrunableFlux, Prunable, PrunableConv, PrunableDense, SparseNetwork, canonical, evaluate, features, flipped,
-                    host_scores, inner, mask!, prunables, prune_silently!, saliency, hold_blas, step!, release_blas, store!, trainer, unprunable,
-                    zero_pruned!
+                    hold_blas, host_scores, inner, mask!, prunables, prune_silently!, release_blas, saliency, step!, store!, trainer,
+                    unprunable, zero_pruned!
 using PythonCall: Py, pybuiltins, pyconvert, pygetattr
 
 const ACTIVATIONS = (identity = identity, relu = NNlib.relu, tanh = tanh, sigmoid = NNlib.sigmoid)

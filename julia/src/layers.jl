@@ -86,7 +86,8 @@ function ChainRulesCore.rrule(::typeof(masked_mul), W, M, x)
     project_W, project_x = ProjectTo(W), ProjectTo(x)
     function masked_mul_pullback(ȳ)
         dy = unthunk(ȳ)
-        return NoTangent(), @thunk(project_W(mask!(gradient_of_weight(W, dy, x), M))), NoTangent(), @thunk(project_x(shared_product(W', dy)))
+        dW, dx = @thunk(project_W(mask!(gradient_of_weight(W, dy, x), M))), @thunk(project_x(shared_product(W', dy)))
+        return NoTangent(), dW, NoTangent(), dx
     end
     return y, masked_mul_pullback
 end

@@ -36,9 +36,10 @@ end
 
 One step of training for each `(x, y)` in `batches`, as `Flux.train!` does it with `loss(model(x), y)`, except
 that pruned weights are exactly 0 after every step, whatever the optimiser does. `opt_state` comes from
-`Flux.setup`. Returns the loss before each step. A perceptron in `Float32` of which at most 70 % of the weights are
-left is trained on these alone (but for layers of which more are), which is the same to rounding and takes less time: `model` and `opt_state` are then as the last
-step has left them when this returns or throws, not between two steps, and masks must stay as they are meanwhile.
+`Flux.setup`. Returns the loss before each step. A perceptron in `Float32` of which at most 70 % of the weights are left
+is trained on these alone (but for layers of which more are), which is the same to rounding and takes less time: `model`
+and `opt_state` are then as the last step has left them when this returns or throws, not between two steps, and masks must
+stay as they are meanwhile.
 
 Throws `DomainError`, with the model as it was before that step, if a loss is not finite, and `ArgumentError` if `batches` are a
 pair of arrays, or `opt_state` is not of this model.

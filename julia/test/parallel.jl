@@ -25,7 +25,8 @@ end
 @testset "threads share matrix products" begin
     rng, before = Xoshiro(1), BLAS.get_num_threads()
     @test Threads.nthreads() > 1
-    for T in (Float32, Float64), (n, k, m) in ((301, 785, 63), (63, 500, 301), (1024, 64, 1), (1, 1, 1), (0, 3, 2)), threads in (1, 2)
+    sizes = ((301, 785, 63), (63, 500, 301), (1024, 64, 1), (1, 1, 1), (0, 3, 2))
+    for T in (Float32, Float64), (n, k, m) in sizes, threads in (1, 2)
         BLAS.set_num_threads(threads)
         A, B = randn(rng, T, n, k), randn(rng, T, k, m)
         for a in (A, copy(A')'), b in (B, copy(B')')

@@ -56,10 +56,10 @@ const PROCESSORS = AVX512 ? (OtherProcessors.With, OtherProcessors.Without) : (O
         W, bias = randn(rng, Float32, outputs, inputs), randn(rng, Float32, outputs)
         uneven, places = kernels.packed(kernels.SparseKernel{kernels.LOW}, permutedims(mask), (outputs, 1), bias, true)
         uneven.values .= W[places]
-        all_kernels = (uneven, kernels.SparseKernel{kernels.LOW}(W, mask, bias, true), kernels.SparseKernel{kernels.HIGH}(W, mask, bias, true))
+        even = map(height -> kernels.SparseKernel{height}(W, mask, bias, true), (kernels.LOW, kernels.HIGH))
         for V in 1:4
             x, dy = randn(rng, Float32, 16V, inputs), randn(rng, Float32, 16V, outputs)
-            for kernel in all_kernels
+            for kernel in (uneven, even...)
                 y = kernels.multiply!(zeros(Float32, 16V, outputs), x, kernel, Val(V))
                 @test relative(y, relu.(x * (W .* mask)' .+ bias')) < 1e-5
             end

@@ -149,7 +149,8 @@ Optimisers.apply!(::Before, before, x, dx) = dx, 0.1f0 .* (dx .- before)
         rule in (Adam(0.01), OptimiserChain(ClipNorm(1), AccumGrad(2), Momentum(0.05)), Before())
     rng = Xoshiro(1)
     twice = PrunableDense(8 => 8, tanh)
-    model = prune!(Chain(twice, PrunableDense(8 => 8, relu), Dense(8 => 8), twice, PrunableDense(8 => 3)), Magnitude(); sparsity = 0.3)
+    model = Chain(twice, PrunableDense(8 => 8, relu), Dense(8 => 8), twice, PrunableDense(8 => 3))
+    prune!(model, Magnitude(); sparsity = 0.2)
     other, loss = deepcopy(model), Flux.logitcrossentropy
     opt, other_opt = Flux.setup(rule, model), Flux.setup(rule, other)
     data = [labelled(rng) for _ in 1:9]

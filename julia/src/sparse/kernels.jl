@@ -244,7 +244,7 @@ chunk(rows, counts, ::Val{N}) where {N} = Chunk{N}(rows, counts)
         sums = map((row, w, input) -> (@inline; add_product(row, w, input, layout)), sums, weights, inputs)
         k += N
     end
-    others = weights_of(chunk, N) > n
+    others = N <= LOW && weights_of(chunk, N) > n # HIGH chunks are even
     relu && !others && (sums = map(row -> (@inline; map(s -> max(s, zero(s)), row)), sums))
     map((i, row) -> (@inline; store!(y + distance(i, between_outputs), row, width)), rows, sums)
     return others ? multiply_others!(k, chunk, kept, y, between_outputs, x, between_inputs, relu, width, layout) : k

@@ -124,7 +124,8 @@ function update!(layer::TrainedLayer, slopes)
     return layer
 end
 
-update_weights!(rule, layer, slopes, (; forward)::SparseProducts) = update_leaf!(rule, layer.of_weight, forward.values, slopes, nothing)
+update_weights!(rule, layer, slopes, (; forward)::SparseProducts) =
+    update_leaf!(rule, layer.of_weight, forward.values, slopes, nothing)
 update_weights!(rule, layer, slopes, ::DenseProducts) =
     update_leaf!(rule, layer.of_weight, layer.W, mask!(slopes, layer.mask), layer.mask)
 
