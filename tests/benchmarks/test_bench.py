@@ -111,7 +111,7 @@ def test_pruning_is_timed() -> None:
 def test_the_best_time_of_each_counts() -> None:
     calls: list[str] = []
     works = {name: Calls(lambda name=name: calls.append(name)) for name in ("ours", "peer")}  # type: ignore[misc]
-    (row,) = compare("inference", 1, 0.5, works["ours"], {"peer": works["peer"]}, 2)
+    (row,) = compare("inference", 1, 0.5, works["ours"], {"peer": works["peer"]}, 2, 0.0)
     assert (row.what, row.batch, row.sparsity, row.peer) == ("inference", 1, 0.5, "peer")
     assert 0 < row.ours_us < 1000
     assert set(calls) == {"ours", "peer"}

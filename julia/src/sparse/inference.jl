@@ -58,8 +58,10 @@ function infer_panel!(y, net, x, samples, one, other, width)
     return given.finite
 end
 
+# Those wider than PANEL_VECTORS are not even compiled.
 multiply_panel!(y, x, kernel, width) =
-    width == LANES ? multiply!(y, x, kernel, Val(1)) : width == 2LANES ? multiply!(y, x, kernel, Val(2)) :
+    width == LANES ? multiply!(y, x, kernel, Val(1)) :
+    width == 2LANES || PANEL_VECTORS == 2 ? multiply!(y, x, kernel, Val(2)) :
     width == 3LANES ? multiply!(y, x, kernel, Val(3)) : multiply!(y, x, kernel, Val(4))
 
 function infer_one!(y, net, x, i, one, other)
