@@ -77,10 +77,15 @@ function shared_product!(C, A, B)
     n, m = size(C)
     Threads.nthreads() > 1 && n * m * size(A, 2) >= SHARED_PRODUCT && BLAS.get_num_threads() == 1 || return mul!(C, A, B)
     share_items(collect(parts(max(n, m)))) do _, part
-        n >= m ? mul!(view(C, part, :), rows(A, part), B) : mul!(view(C, :, part), A, columns(B, part))
+        n >= m ? gemm!(view(C, part, :), rows(A, part), B) : gemm!(view(C, :, part), A, columns(B, part))
     end
     return C
 end
+
+# `mul!` of views takes seconds to compile.
+gemm!(C, A, B) = BLAS.gemm!(how(A), how(B), one(eltype(C)), stored(A), stored(B), zero(eltype(C)), C)
+how(A) = A isa Adjoint ? 'T' : 'N'
+stored(A) = A isa Adjoint ? parent(A) : A
 
 "As many even parts of `1:n` as there are threads."
 parts(n) = Iterators.partition(1:n, cld(n, Threads.nthreads()))
