@@ -186,7 +186,7 @@ def compare(
 ) -> list[Row]:
     """Measure our work and that of each peer in turn, over and over, and return the rows of the best times.
 
-    Before each come seconds of pause. Each takes at least so many calls: what comes once should not count.
+    Before each come ``pause`` seconds, and it takes ``least`` calls or more: what comes once should not count.
     """
     works = [ours, *others.values()]
     waking, calls = [], []

@@ -97,31 +97,6 @@ gradient_of_weight(W::Matrix{T}, dy::Matrix{T}, x::Matrix{T}) where {T<:Union{Fl
     shared_product!(memory_for_gradient(W), dy, x')
 
 """
-Memory for gradients of weights, by weight, in which each step of training puts its own: without, it would take new memory, as
-much as the weights do, and leave that to the garbage collector.
-"""
-struct GradientMemory
-    free::IdDict{Matrix,Matrix}
-    lent::IdDict{Matrix,Matrix}
-end
-GradientMemory() = GradientMemory(IdDict(), IdDict())
-
-"Call `f`, whose gradients of weights are in the memory and valid until this is called again."
-function with_memory(f, memory::GradientMemory)
-    merge!(memory.free, memory.lent)
-    empty!(memory.lent)
-    return task_local_storage(f, :gradients_of_weights, memory)
-end
-with_memory(f, ::Nothing) = f()
-
-function memory_for_gradient(W)
-    memory = get(task_local_storage(), :gradients_of_weights, nothing)
-    isnothing(memory) && return similar(W)
-    slopes = pop!(memory.free, W, nothing)
-    return (memory.lent[W] = isnothing(slopes) ? similar(W) : slopes)::typeof(W)
-end
-
-"""
     mask!(A::AbstractArray, mask)
     mask!(model)
     mask!(opt_state, model)

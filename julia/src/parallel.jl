@@ -83,8 +83,8 @@ function shared_product!(C, A, B)
 end
 
 # `mul!` of views takes seconds to compile.
-gemm!(C, A, B) = BLAS.gemm!(how(A), how(B), one(eltype(C)), stored(A), stored(B), zero(eltype(C)), C)
-how(A) = A isa Adjoint ? 'T' : 'N'
+gemm!(C, A, B) = BLAS.gemm!(trans(A), trans(B), one(eltype(C)), stored(A), stored(B), zero(eltype(C)), C)
+trans(A) = A isa Adjoint ? 'T' : 'N'
 stored(A) = A isa Adjoint ? parent(A) : A
 
 "As many even parts of `1:n` as there are threads."

@@ -224,6 +224,7 @@ end
     x, y = randn(rng, Float32, 40, 50), Flux.onehotbatch(rand(rng, 1:5, 50), 1:5)
     opt, setup = Flux.setup(Adam(), model), m -> (m, Flux.setup(Adam(), m))
     @test trainer(model, opt) isa SparseTrainer
+    @test map(layer -> layer.products isa PrunableFlux.DenseProducts, trainer(model, opt).layers) == [false, true, false]
     @test trainer(setup(mlp(rng, 4, 3))...) isa DenseTrainer && trainer(setup(Flux.f64(model))...) isa DenseTrainer
     @test trainer(setup(prune!(Chain(PrunableDense(4 => 3, gelu)), Magnitude(); sparsity = 0.9))...) isa DenseTrainer
     @test trainer(setup(Chain(model[1], PrunableDense(model[1].dense, model[1].mask)))...) isa DenseTrainer # tied

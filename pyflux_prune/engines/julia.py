@@ -103,7 +103,7 @@ def start() -> Any:
                 main.seval(LOAD)  # raises what went wrong
     _take_back_interrupts()
     if not {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys():
-        main.seval("LinearAlgebra.BLAS.set_num_threads(1)")  # ours share products among Julia's threads
+        main.seval("LinearAlgebra.BLAS.set_num_threads(1)")  # Julia's share products
     return main
 
 

@@ -4,6 +4,7 @@
 
 "Density up to which a network, and each of its layers, is trained on its kept weights only; above, BLAS is faster."
 const TRAINED_SPARSE = 0.7
+is_sparse(part) = density(part) <= TRAINED_SPARSE
 
 """
 The products of a layer's weight that training takes, of kept weights only, which are in `forward` while training goes on:
@@ -76,7 +77,7 @@ end
 function TrainedLayer(layer::PrunableDense, memory, is_first)
     (; weight, bias, σ) = layer.dense
     relu, b = σ === NNlib.relu, bias === false ? zeros(Float32, size(weight, 1)) : bias
-    products = density(layer) > TRAINED_SPARSE ? DenseProducts(weight, b, relu) : SparseProducts(layer.mask, b, relu; is_first)
+    products = is_sparse(layer) ? SparseProducts(layer.mask, b, relu; is_first) : DenseProducts(weight, b, relu)
     after = relu || σ === identity ? nothing : NNlib.fast_act(σ, weight)
     return TrainedLayer(products, after, σ, weight, layer.mask, bias, memory, memory.weight)
 end
@@ -177,7 +178,7 @@ What [`step!`](@ref) trains fastest as long as masks stay as they are: a `DenseT
 few weights left, a `SparseTrainer`. After the last step, even if it throws, call [`store!`](@ref).
 """
 function trainer(model, opt)
-    model isa Chain && all(layer -> layer isa TrainedSparse, model.layers) && density(model) <= TRAINED_SPARSE ||
+    model isa Chain && all(layer -> layer isa TrainedSparse, model.layers) && is_sparse(model) ||
         return DenseTrainer(model, opt)
     layers = collect(PrunableDense, values(model.layers))
     memories = map(inner, values(opt.layers), layers)
@@ -194,7 +195,7 @@ trains(last, model, opt) = false
 trains(last::SparseTrainer, model, opt) = last.model === model && last.opt === opt && all(is_current, last.layers)
 is_current((; mask, products)::TrainedLayer) = is_current(mask, products)
 is_current(mask, (; places)::SparseProducts) = count(mask) == length(places) && all(place -> mask[place], places)
-is_current(mask, ::DenseProducts) = count(mask) > TRAINED_SPARSE * length(mask)
+is_current(mask, ::DenseProducts) = count(mask) / length(mask) > TRAINED_SPARSE
 
 "Put what a trainer has into its model and optimiser state; return the model."
 store!(trainer::DenseTrainer) = trainer.model
