@@ -85,7 +85,6 @@ GradientMemory() = GradientMemory(IdDict(), IdDict())
 "Call `f`, whose gradients of weights are in the memory and valid until this is called again."
 function with_memory(f, memory::GradientMemory)
     merge!(memory.free, memory.lent)
-    empty!(memory.lent)
     return task_local_storage(f, :gradients_of_weights, memory)
 end
 with_memory(f, ::Nothing) = f()
