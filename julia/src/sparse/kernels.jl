@@ -23,8 +23,7 @@ const PANEL_VECTORS = AVX512 ? MAX_VECTORS ÷ 2 : MAX_VECTORS
 Inputs in a block: their values of a panel stay in the fastest cache while the weights of all outputs pass over them. With few
 weights, when sums are read and written again for few products, longer blocks are faster.
 """
-block_size(kept, height) =
-    even_blocks(size(kept, 1), height > LOW ? 256 : count(kept) > 0.15 * length(kept) ? 160 : 208)
+block_size(inputs, kept, height) = even_blocks(inputs, height > LOW ? 256 : count(kept) > 0.15 * length(kept) ? 160 : 208)
 even_blocks(inputs, most) = cld(inputs, cld(inputs, most))
 
 "The vectors of inputs, at most, that stay in the fastest cache when windows next to each other are computed."
@@ -59,10 +58,9 @@ struct SparseKernel{H,C<:Integer}
     values::Vector{Float32}
 end
 
-function SparseKernel{H}(W, mask, bias, relu) where {H}
-    kept = permutedims(mask)
-    block = block_size(kept, H)
-    kernel, places = packed(SparseKernel{H}, even_chunks!(kept, block, Val(H)), (size(W, 1), 1), bias, relu, block)
+function SparseKernel{H}(W, mask, bias, relu, block = block_size(size(W, 2), mask, H)) where {H}
+    kept = even_chunks!(permutedims(mask), block, Val(H))
+    kernel, places = packed(SparseKernel{H}, kept, (size(W, 1), 1), bias, relu, block)
     kernel.values .= view(W, places) .* view(mask, places)
     return kernel
 end
@@ -72,7 +70,7 @@ A kernel with weights yet to be filled in, and where in the weight's memory each
 outputs), is `true` where weights are, and `strides` are the distances in that memory from one input, and from one output,
 to the next.
 """
-function packed(::Type{SparseKernel{H}}, kept, strides, bias, relu, block = block_size(kept, H)) where {H}
+function packed(::Type{SparseKernel{H}}, kept, strides, bias, relu, block = block_size(size(kept, 1), kept, H)) where {H}
     inputs, outputs = size(kept)
     n = count(kept)
     blocks, rows, counts = Int[1], Int32[], Int32[]
@@ -171,6 +169,7 @@ end
 
 "The inputs of a panel from `start` on, as many as a block has."
 block(x::Matrix, start, size, ::Val{V}) where {V} = pointer(x) + start * V * sizeof(Lane)
+block(x::Ptr, start, size, width) = x # columns say how far inputs of all blocks are from it
 
 function block(x::Rows, start, size, ::Val{V}) where {V}
     x.finite &= transpose_into!(x.block, V * LANES, x.from + start * sizeof(Float32), x.features,
@@ -183,17 +182,20 @@ outputs(kernel::SparseKernel) = kernel.outputs
 
 "`y = W * x .+ bias` and the fused activation for panels of V vectors: `x` is (samples, inputs), `y` (samples, outputs)."
 function multiply!(y::Matrix{Float32}, x::Union{Matrix{Float32},Rows}, kernel::SparseKernel, width::Val)
-    GC.@preserve x y kernel begin
-        kept, k, n = Kept(kernel.columns, kernel.values), 0, length(kernel.blocks) - 1
-        lanes = lane_numbers(kernel)
-        for b in 1:n
-            input = block(x, (b - 1) * kernel.block, kernel.block, width)
-            bias = b == 1 ? pointer(kernel.bias) : C_NULL
-            k = over_block(multiply_rows!, k, kernel, b, kept, lanes, pointer(y), width, input, width, bias,
-                           kernel.relu && b == n, width, SideBySide())
-        end
-    end
+    GC.@preserve x y kernel multiply_blocks!(pointer(y), width, x, width, kernel, width, SideBySide())
     return y
+end
+
+function multiply_blocks!(y, between_outputs, x, between_inputs, kernel, width, layout)
+    kept, k, n = Kept(kernel.columns, kernel.values), 0, length(kernel.blocks) - 1
+    lanes = lane_numbers(kernel, width)
+    for b in 1:n
+        input = block(x, (b - 1) * kernel.block, kernel.block, width)
+        bias = b == 1 ? pointer(kernel.bias) : C_NULL
+        k = over_block(multiply_rows!, k, kernel, b, kept, lanes, y, between_outputs, input, between_inputs, bias,
+                       kernel.relu && b == n, width, layout)
+    end
+    return nothing
 end
 
 """
@@ -283,10 +285,10 @@ end
 
 """
 The numbers of the first H lanes, for `load_weights`, if it loads weights together and then spreads them. LLVM is not told which
-they are, as it would load each weight again instead. The sums of windows next to each other leave no registers for them.
+they are, as it would load each weight again instead. Many sums leave no registers for them.
 """
-lane_numbers(::SparseKernel{H,UInt8}) where {H} = H > 1 ? ntuple(c -> unknown(Vec{LANES,Int32}(c - 1)), Val(H)) : nothing
-lane_numbers(::SparseKernel) = nothing
+lane_numbers(::SparseKernel{H}, ::Val{V}) where {H,V} =
+    H > 1 && H * (V + 1) <= 24 ? ntuple(c -> unknown(Vec{LANES,Int32}(c - 1)), Val(H)) : nothing
 @inline unknown(v::Vec{LANES,Int32}) = Vec(Base.llvmcall(
     """
     %2 = call <16 x i32> asm "", "=v,0"(<16 x i32> %0)

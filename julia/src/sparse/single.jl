@@ -104,55 +104,106 @@ end
 @inline permuted(a::Lane, b::Lane, places) = Vec(ccall("llvm.x86.avx512.vpermi2var.ps.512", llvmcall, Registers{Float32},
     (Registers{Float32}, Registers{Int32}, Registers{Float32}), a.data, places.data, b.data))
 
+"""
+The kept weights of a convolution, for one sample: what each tap of a block finds at places next to each other is copied to where
+that block stays in the fastest cache, so that no load is of two of its lines.
+"""
+struct SparsePlaces
+    windows::Windows
+    kernel::SparseKernel{LOW,UInt8}
+    taps::Vector{Int}
+end
+
+function SparsePlaces(windows, W, mask, bias, relu)
+    block = even_blocks(size(W, 2), BLOCK_VECTORS ÷ vectors(SparsePlaces))
+    return SparsePlaces(windows, SparseKernel{LOW}(W, mask, bias, relu, block), taps(windows))
+end
+
+bias(kernel::SparsePlaces) = kernel.kernel.bias
+vectors(::Type{SparsePlaces}) = vectors(SparseWindows)
+
+"What taps find at places next to each other, for `x` at the first, and where that of a block goes."
+struct Found
+    x::Ptr{Float32}
+    taps::Vector{Int}
+    block::Ptr{Float32}
+end
+
+function block((; x, taps, block)::Found, start, size, width::Val)
+    for k in 1:min(size, length(taps) - start)
+        store!(block + (k - 1) * bytes(width), load(x + (@inbounds taps[start + k]) * sizeof(Float32), width), width)
+    end
+    return block
+end
+
+function multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::SparsePlaces)
+    plane, behind = corners(kernel.windows), lines(outputs(kernel))
+    GC.@preserve x y kernel begin
+        to, memory = pointer(y, behind + 1), pointer(y, behind + plane * length(bias(kernel)) + 1)
+        over_places(plane ÷ LANES, Val(vectors(SparsePlaces)), Val(1)) do i, sums
+            found = Found(pointer(x, i * LANES + 1), kernel.taps, memory)
+            multiply_blocks!(to + i * sizeof(Lane), plane * sizeof(Float32), found, sums, kernel.kernel, sums, SideBySide())
+        end
+    end
+    return take_corners!(y, kernel)
+end
+
 function multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::DenseKernel)
-    length(kernel.windows.rows) * row_length(kernel.windows) == 1 || return multiply_places!(y, x, kernel)
+    if length(kernel.windows.rows) * row_length(kernel.windows) > 1
+        plane = corners(kernel.windows)
+        GC.@preserve x y kernel multiply_row!(pointer(y, lines(outputs(kernel)) + 1), plane * sizeof(Float32), pointer(x),
+                                              sizeof(Float32), plane ÷ LANES, kernel, Val(1), SideBySide())
+        return take_corners!(y, kernel)
+    end
     out = view(y, 1:outputs(kernel))
     mul!(out, kernel.W, view(x, 1:inputs(kernel)))
     out .= kernel.relu ? max.(out .+ kernel.bias, 0) : out .+ kernel.bias
     return y
 end
 
-multiply!(y::Vector{Float32}, x::Vector{Float32}, kernel::SparseWindows) = multiply_places!(y, x, kernel)
-
 """
-The outputs at all places between the first and the last corner, as if the input were one row, LANES at a time; then those that
-are corners. What is computed for nothing, at the ends of rows, is little unless windows are far apart. Takes memory behind the
-outputs in `y`, see [`buffer_length`](@ref).
+Of one sample, outputs are computed at all places between the first and the last corner, as if the input were one row, LANES at
+a time, and written behind those at corners, which then are taken from them. What is computed for nothing, at the ends of rows,
+is little unless windows are far apart.
 """
-function multiply_places!(y, x, kernel::Union{DenseKernel,SparseWindows})
-    (; rows) = kernel.windows
-    n, behind, plane, out = row_length(kernel.windows), outputs(kernel), corners(kernel.windows), 0
-    GC.@preserve x y kernel multiply_row!(pointer(y, behind + 1), plane * sizeof(Float32), pointer(x), sizeof(Float32),
-                                          plane ÷ LANES, kernel, Val(1), SideBySide())
-    @inbounds for output in eachindex(bias(kernel)), corner in rows
-        at = behind + (output - 1) * plane + corner + 1
-        for place in 0:(n - 1)
-            y[out += 1] = y[at + place * row_step(kernel.windows)]
-        end
+function take_corners!(y, kernel)
+    n, step = row_length(kernel.windows), row_step(kernel.windows)
+    behind, plane, to = lines(outputs(kernel)), corners(kernel.windows), pointer(y)
+    GC.@preserve y for output in eachindex(bias(kernel)), corner in kernel.windows.rows
+        from = pointer(y, behind + (output - 1) * plane + corner + 1)
+        store_row!(i -> (@inline; every(step, from + i * step * sizeof(Float32), n - i)), to, n)
+        to += n * sizeof(Float32)
     end
     return y
 end
 
+"A row of `n` values, LANES at a time; what then is written behind it, the next row is written over."
+@inline function store_row!(values, to, n)
+    for i in 0:LANES:(n - 1)
+        vstore(values(i), to + i * sizeof(Float32))
+    end
+end
+
+"So many values, rounded up to whole vectors."
+lines(n) = cld(n, LANES) * LANES
+
 "Places from the first corner of windows to the last, rounded up to whole vectors."
-corners(windows) = cld(last(windows.rows) + (row_length(windows) - 1) * row_step(windows) + 1, LANES) * LANES
+corners(windows) = lines(last(windows.rows) + (row_length(windows) - 1) * row_step(windows) + 1)
 
 "How long vectors of inputs and of outputs must be."
-buffer_length(kernel) = max(inputs(kernel), outputs(kernel) + behind_outputs(kernel)) + SPAN
+buffer_length(kernel) = max(inputs(kernel), lines(outputs(kernel)) + behind_outputs(kernel)) + SPAN
 behind_outputs(kernel) = 0
-behind_outputs(kernel::Union{DenseKernel,SparseWindows}) = corners(kernel.windows) * length(bias(kernel))
+behind_outputs(kernel::Union{DenseKernel,SparseWindows,SparsePlaces}) =
+    corners(kernel.windows) * length(bias(kernel)) + BLOCK_VECTORS * LANES
 
-# The last places of a row, and what is behind them, are written as whole vectors, and those of the next row over them.
 function multiply!(y::Vector{Float32}, x::Vector{Float32}, (; windows, mean)::Pooling)
     (; rows, taps, plane) = windows
-    n, to = row_length(windows), pointer(y)
+    n, step, to = row_length(windows), row_step(windows), pointer(y)
     GC.@preserve x y for channel in 0:(channels(windows) - 1), corner in rows
         from = pointer(x, channel * plane + corner + 1)
-        for i in 0:LANES:(n - 1)
-            values = over_taps(taps, mean) do tap
-                @inline
-                (every(row_step(windows), from + (i * row_step(windows) + tap) * sizeof(Float32), n - i),)
-            end
-            store!(to + i * sizeof(Float32), values, Val(1))
+        store_row!(to, n) do i
+            @inline
+            over_taps(tap -> (@inline; (every(step, from + (i * step + tap) * sizeof(Float32), n - i),)), taps, mean)[1]
         end
         to += n * sizeof(Float32)
     end

@@ -141,8 +141,9 @@ function candidates(layer::PrunableConv, dims, choice)
     borders, padded, plane = with_borders(dims, pad, 0)
     windows = Windows(padded, kernel, stride, dilation, plane)
     W, mask, b, relu, σ = for_kernels(layer)
-    kernels = among(choice, (SparseWindows(windows, W, mask, b, relu),), DenseKernel(windows, W, b, relu))
-    return [borders; Candidates(kernels, kernels, σ)], (windows.output..., length(b))
+    dense = DenseKernel(windows, W, b, relu)
+    panels, single = map(kind -> among(choice, (kind(windows, W, mask, b, relu),), dense), (SparseWindows, SparsePlaces))
+    return [borders; Candidates(panels, single, σ)], (windows.output..., length(b))
 end
 
 function candidates(norm::BatchNorm, dims, choice)

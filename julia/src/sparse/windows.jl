@@ -143,7 +143,7 @@ next it is `plane` bytes, from a feature to the next `feature`.
 """
 function multiply_row!(y, plane, x, feature, n, kernel::SparseWindows, width, layout::Apart{<:Any,step}) where {step}
     over_places(n, Val(vectors(SparseWindows)), width) do i, sums
-        multiply_places!(y + i * bytes(width), plane, x + i * step * bytes(width), feature, kernel.kernel, sums, layout)
+        multiply_blocks!(y + i * bytes(width), plane, x + i * step * bytes(width), feature, kernel.kernel, sums, layout)
     end
     return nothing
 end
@@ -173,16 +173,6 @@ end
 
 @inline with_vectors(f, i, n, vectors::Val{N}, width::Val{V}) where {N,V} =
     N == V || n == N ? f(i, vectors) : with_vectors(f, i, n, Val(N - V), width)
-
-function multiply_places!(y, plane, x, feature, kernel::SparseKernel, vectors, layout)
-    kept, k, n = Kept(kernel.columns, kernel.values), 0, length(kernel.blocks) - 1
-    for b in 1:n
-        bias = b == 1 ? pointer(kernel.bias) : C_NULL
-        relu = kernel.relu && b == n
-        k = over_block(multiply_rows!, k, kernel, b, kept, lane_numbers(kernel), y, plane, x, feature, bias, relu, vectors, layout)
-    end
-    return nothing
-end
 
 function multiply_places!(y, plane, x, feature, kernel::DenseKernel, g, ::Val{N}, layout) where {N}
     n, taps = length(kernel.taps), pointer(kernel.taps)
