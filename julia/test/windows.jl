@@ -61,6 +61,13 @@ end
     end
 end
 
+@testset "pooling by two: $pool over $size" for pool in (MaxPool, MeanPool), size in ((1, 2), (3, 3), (4, 1))
+    model = prunable(Chain(Conv((1, 1), 2 => 3), pool(size; stride = 2, pad = size .÷ 2), Flux.flatten))
+    x = randn(Xoshiro(1), Float32, 39, 10, 2, 20)
+    fast = sparsify(model; input_size = (39, 10, 2))
+    @test relative(fast(x), model(x)) < 1e-5 && relative(fast(x[:, :, :, 1:1]), model(x[:, :, :, 1:1])) < 1e-5
+end
+
 @testset "sparsify convolutions" begin
     model = prune!(prunable(Chain(Conv((3, 3), 1 => 4, relu), Flux.flatten, Dense(16 => 3))), Magnitude(); sparsity = 0.5)
     fast = sparsify(model; kernels = [:sparse, :dense], input_size = (4, 4, 1))

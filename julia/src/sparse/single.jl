@@ -177,13 +177,6 @@ function take_corners!(y, kernel)
     return y
 end
 
-"A row of `n` values, LANES at a time; what then is written behind it, the next row is written over."
-@inline function store_row!(values, to, n)
-    for i in 0:LANES:(n - 1)
-        vstore(values(i), to + i * sizeof(Float32))
-    end
-end
-
 "So many values, rounded up to whole vectors."
 lines(n) = cld(n, LANES) * LANES
 
@@ -198,16 +191,34 @@ behind_outputs(kernel::Union{DenseKernel,SparseWindows,SparsePlaces}) =
 
 function multiply!(y::Vector{Float32}, x::Vector{Float32}, (; windows, mean)::Pooling)
     (; rows, taps, plane) = windows
-    n, step, to = row_length(windows), row_step(windows), pointer(y)
+    n, step, columns, to = row_length(windows), row_step(windows), first(windows.size)::Int, pointer(y)
     GC.@preserve x y for channel in 0:(channels(windows) - 1), corner in rows
         from = pointer(x, channel * plane + corner + 1)
         store_row!(to, n) do i
             @inline
-            over_taps(tap -> (@inline; (every(step, from + (i * step + tap) * sizeof(Float32), n - i),)), taps, mean)[1]
+            values = from + i * step * sizeof(Float32)
+            step == 2 && return mean ? every_second(values, +, taps, columns) / Float32(length(taps)) :
+                                every_second(values, max, taps, columns)
+            return over_taps(tap -> (@inline; (every(step, values + tap * sizeof(Float32), n - i),)), taps, mean)[1]
         end
         to += n * sizeof(Float32)
     end
     return y
+end
+
+"Of windows two places apart: what is above each other is reduced first, so that each value is loaded once."
+@inline function every_second(p, op, taps, columns)
+    values = of_two_columns(p, op, taps, columns, columns == 1)
+    for c in 2:2:(columns - 1)
+        values = op(values, of_two_columns(p + c * sizeof(Float32), op, taps, columns, c == columns - 1))
+    end
+    return values
+end
+
+@inline function of_two_columns(p, op, taps, columns, is_one)
+    both = reduced(tap -> (@inline; load(p + tap * sizeof(Float32), Val(2))), op, taps, columns)
+    even = shufflevector(both..., Val(ntuple(i -> 2i - 2, Val(LANES))))
+    return is_one ? even : op(even, shufflevector(both..., Val(ntuple(i -> 2i - 1, Val(LANES)))))
 end
 
 "Every `step`-th of the values at `p`, of which there are `n`."

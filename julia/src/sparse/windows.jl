@@ -220,13 +220,16 @@ end
 end
 
 "The means, or the largest, of the vectors that `load` gives for taps."
-@inline function over_taps(load, taps, mean)
-    values = load(@inbounds taps[1])
-    for t in 2:length(taps)
-        others = load(@inbounds taps[t])
-        values = mean ? map(+, values, others) : map(max, values, others)
+@inline over_taps(load, taps, mean) =
+    mean ? map(sum -> sum / Float32(length(taps)), reduced(load, +, taps)) : reduced(load, max, taps)
+
+@inline function reduced(load, op, taps, step = 1)
+    values, t = load(@inbounds taps[1]), 1 + step
+    while t <= length(taps)
+        values = map(op, values, load(@inbounds taps[t]))
+        t += step
     end
-    return mean ? map(sum -> sum / Float32(length(taps)), values) : values
+    return values
 end
 
 """
@@ -272,13 +275,29 @@ multiply!(y::Matrix{Float32}, x::Matrix{Float32}, kernel::Union{Padding,Scaling}
     apply!(y, x, kernel, V * LANES)
 
 "Of an array in which features are `width` values."
-function apply!(y, x, padding::Padding, width)
-    fill!(view(y, 1:(outputs(padding) * width)), padding.value)
-    n = first(padding.input)::Int * width
-    for (r, row) in enumerate(padding.rows)
-        copyto!(y, row * width + 1, x, (r - 1) * n + 1, n)
+function apply!(y, x, (; input, outputs, rows, value)::Padding, width)
+    n, done = first(input)::Int * width, 0
+    GC.@preserve x y for (r, row) in enumerate(rows)
+        fill_places!(y, done + 1, row * width, value)
+        from = pointer(x, (r - 1) * n + 1)
+        store_row!(i -> vload(Lane, from + i * sizeof(Float32)), pointer(y, row * width + 1), n)
+        done = row * width + n
     end
+    fill_places!(y, done + 1, outputs * width, value)
     return y
+end
+
+function fill_places!(y, start, stop, value)
+    @inbounds @simd for i in start:stop
+        y[i] = value
+    end
+end
+
+"A row of `n` values, LANES at a time; what then is written behind it is written over, or of no account."
+@inline function store_row!(values, to, n)
+    for i in 0:LANES:(n - 1)
+        vstore(values(i), to + i * sizeof(Float32))
+    end
 end
 
 function apply!(y, x, (; features, scale, shift)::Scaling, width)
